@@ -1,0 +1,1 @@
+"""Checkpoint → bundle, and the proof that nothing changed on the way."""

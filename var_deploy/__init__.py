@@ -1,0 +1,1 @@
+"""Runtime of var_deploy: loads a bundle and turns class ids into images."""
