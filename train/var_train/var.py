@@ -153,7 +153,7 @@ class VAR(nn.Module):
         if config.shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         last = 0.1 * config.depth / 24 if drop_path is None else drop_path
-        rates = torch.linspace(0, last, config.depth).tolist()
+        rates = [last * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(AdaLNBlock(config, rate) for rate in rates)
         self.head_nm = AdaLNBeforeHead(D)
         self.head = nn.Linear(D, config.vocab_size)

@@ -1,0 +1,167 @@
+"""Checkpoint pair → bundle directory, written beside its final name and renamed into place when whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import var_deploy
+from var_deploy.bundle import MANIFEST, WEIGHTS, FileSeal, Manifest, SamplingDefaults, sha256_of
+from var_deploy.errors import BundleError, CheckpointError
+from var_deploy.signature import GraphSpec, graph_specs
+
+from .checkpoint import CheckpointPair, load_pair
+from .deploy_view import deploy_weights
+from .transformer_graphs import condition_graph, finish_graph, scale_graph
+from .vqvae_graphs import decoder_graph, encoder_graph
+from .weights_file import WeightsLayout, weights_layout, write_weights
+
+#: Hears of progress: what is being written, bytes done, bytes in all.
+Progress = Callable[[str, int, int], None]
+
+
+def bundle_from_checkpoint(
+    var_path: str | Path,
+    vqvae_path: str | Path,
+    out: str | Path,
+    *,
+    class_names: list[str] | None = None,
+    license_note: str = "not stated",
+    using_znorm: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Path:
+    """Exports a checkpoint pair to a new bundle directory `out` and returns its path.
+
+    Raises CheckpointError for what is wrong with the checkpoints and BundleError for what is wrong with `out`; in
+    either case nothing is left behind.
+    """
+    out = Path(out)
+    _require_absent(out)
+    pair = load_pair(Path(var_path), Path(vqvae_path), using_znorm=using_znorm)
+    if class_names is not None and len(class_names) != pair.var.num_classes:
+        raise CheckpointError(
+            f"{len(class_names)} class names for a checkpoint of {pair.var.num_classes} classes; give one per class"
+        )
+    source = {
+        "var": _origin(Path(var_path)),
+        "vqvae": _origin(Path(vqvae_path)),
+        "exporter": f"var-deploy {var_deploy.__version__}",
+    }
+    return write_bundle(
+        pair, out, class_names=class_names, license_note=license_note, source=source, progress=progress
+    )
+
+
+def write_bundle(
+    pair: CheckpointPair,
+    out: Path,
+    *,
+    class_names: list[str] | None = None,
+    license_note: str = "not stated",
+    source: Mapping[str, Any] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Path:
+    """Writes the bundle of checked checkpoints; see `bundle_from_checkpoint`."""
+    weights = deploy_weights(pair)
+    layout = weights_layout(weights)
+    specs = graph_specs(pair.var, pair.vqvae)
+    with _atomic_directory(out, layout.size) as staging:
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(WEIGHTS, done, layout.size)
+
+        digests = {WEIGHTS: write_weights(staging / WEIGHTS, weights, layout, on_bytes)}
+        for name, spec in specs.items():
+            progress(spec.file, layout.size, layout.size)
+            path = staging / spec.file
+            path.write_bytes(_serialized(_graph(name, pair, spec, layout)))
+            onnx.checker.check_model(path)
+            digests[spec.file] = sha256_of(path)
+        manifest = Manifest(
+            var=pair.var,
+            vqvae=pair.vqvae,
+            precision="fp32",
+            graphs=specs,
+            sampling=SamplingDefaults(),
+            class_names=None if class_names is None else tuple(class_names),
+            license=license_note,
+            source=source or {},
+            files={f: FileSeal(size=(staging / f).stat().st_size, sha256=digest) for f, digest in digests.items()},
+        )
+        (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return out
+
+
+def _graph(name: str, pair: CheckpointPair, spec: GraphSpec, layout: WeightsLayout) -> ir.Model:
+    if name == "condition":
+        return condition_graph(pair.var, spec, layout)
+    if name == "finish":
+        return finish_graph(pair.vqvae, spec, layout)
+    if name == "decoder":
+        return decoder_graph(pair.vqvae, spec, layout)
+    if name == "encoder":
+        return encoder_graph(pair.vqvae, spec, layout)
+    k = None if name == "scales" else int(name.removeprefix("scale_"))
+    return scale_graph(pair.var, pair.vqvae, k, layout, spec)
+
+
+def _serialized(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "sha256": sha256_of(path)}
+
+
+def _require_absent(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise BundleError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
+
+
+@contextmanager
+def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
+    """A staging directory beside `out` that becomes `out` if the block succeeds and vanishes if it does not.
+
+    `size` is the least that will be written, in bytes; too little free space is said before writing.
+    """
+    _require_absent(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < size:
+            raise BundleError(f"{out}: needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on that disk; free space")
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise BundleError(f"{out}: cannot write there ({error.strerror or error}); choose another place") from error
+    try:
+        yield staging
+        for file in [*staging.iterdir(), staging]:
+            _flush_to_disk(file)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        _require_absent(out)
+        staging.rename(out)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        step = "free space and export again" if full else "choose another place"
+        raise BundleError(f"{out}: writing failed ({error.strerror or error}); {step}; nothing is left behind") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""Writes one ONNX graph with onnx-ir: inputs, weights in an external file, small constants inline, operators.
+
+Opset 24, IR version 10. A weight is an initializer that points into weights.safetensors and bears the same name in every
+graph, so runtimes can share it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from var_deploy.signature import GraphSpec, TensorSpec
+
+from .weights_file import WeightsLayout
+
+OPSET = 24
+IR_VERSION = 10
+WEIGHTS_FILE = "weights.safetensors"
+
+_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+
+
+class GraphBuilder:
+    """One graph under construction; operators are added in execution order."""
+
+    def __init__(self, spec: GraphSpec, layout: WeightsLayout) -> None:
+        self.spec = spec
+        self._layout = layout
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._inputs = {tensor.name: _value(tensor) for tensor in spec.inputs}
+
+    def input(self, name: str) -> ir.Value:
+        """A graph input of the signature."""
+        return self._inputs[name]
+
+    def weight(self, name: str, rows: tuple[int, int] | None = None) -> ir.Value:
+        """A tensor of the weights file; `rows` takes a half-open range of its first axis, without copying."""
+        slot = self._layout.slots[name]
+        shape, offset, length = slot.shape, slot.offset, slot.length
+        if rows is not None and rows != (0, shape[0]):
+            row_bytes = length // shape[0]
+            offset, length = offset + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+            shape = (rows[1] - rows[0], *shape[1:])
+            name = f"{name}[{rows[0]}:{rows[1]}]"
+        if name not in self._initializers:
+            tensor = ir.ExternalTensor(
+                WEIGHTS_FILE, offset, length, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name
+            )
+            self._add_initializer(name, tensor)
+        return self._initializers[name]
+
+    def constant(self, value: Any, dtype: str) -> ir.Value:
+        """A small inline constant; equal constants share one initializer."""
+        array = np.asarray(value, dtype=dtype)
+        text = "x".join(map(str, array.shape)) or "scalar"
+        values = "_".join(map(str, array.ravel()[:4]))
+        name = f"const.{dtype}.{text}.{values}"
+        while name in self._initializers:
+            held = self._initializers[name].const_value
+            if held is not None and np.array_equal(held.numpy(), array):
+                return self._initializers[name]
+            name += "'"
+        self._add_initializer(name, ir.tensor(array, name=name))
+        return self._initializers[name]
+
+    def ints(self, *values: int) -> ir.Value:
+        """An int64 vector."""
+        return self.constant(list(values), "int64")
+
+    def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Any:
+        """Adds an operator; returns its output, or a list of them where `outputs` > 1."""
+        node = ir.node(op_type, inputs, attributes, num_outputs=outputs)
+        for index, value in enumerate(node.outputs):
+            value.name = f"{op_type}_{len(self._nodes)}" + (f".{index}" if index else "")
+        node.name = f"{op_type}_{len(self._nodes)}"
+        self._nodes.append(node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
+        """Reshape; 0 keeps an axis, −1 infers it."""
+        return self.op("Reshape", x, self.ints(*shape))
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        """x·weight + bias with the weight stored as [K, N]."""
+        return self.op("Add", self.op("MatMul", x, self.weight(f"{name}.weight")), self.weight(f"{name}.bias"))
+
+    def conv(self, x: ir.Value, name: str, *, kernel: int = 3, stride: int = 1, pads: tuple[int, ...] = ()) -> ir.Value:
+        """2-D convolution with the named weight and bias; pads default to "same"."""
+        return self.op(
+            "Conv",
+            x,
+            self.weight(f"{name}.weight"),
+            self.weight(f"{name}.bias"),
+            kernel_shape=[kernel, kernel],
+            strides=[stride, stride],
+            pads=list(pads) if pads else [kernel // 2] * 4,
+        )
+
+    def model(self, outputs: dict[str, ir.Value]) -> ir.Model:
+        """The finished model, with the outputs in the order, type and shape of the signature."""
+        results = []
+        for tensor in self.spec.outputs:
+            value = outputs[tensor.name]
+            value.name, value.type, value.shape = tensor.name, ir.TensorType(_DTYPES[tensor.dtype]), _shape(tensor)
+            results.append(value)
+        graph = ir.Graph(
+            list(self._inputs.values()),
+            results,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET},
+            name=Path(self.spec.file).stem,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="var_deploy")
+
+    def _add_initializer(self, name: str, tensor: Any) -> None:
+        self._initializers[name] = ir.Value(
+            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+
+
+def _shape(tensor: TensorSpec) -> ir.Shape:
+    return ir.Shape(tensor.shape)
+
+
+def _value(tensor: TensorSpec) -> ir.Value:
+    return ir.Value(name=tensor.name, type=ir.TensorType(_DTYPES[tensor.dtype]), shape=_shape(tensor))

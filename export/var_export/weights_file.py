@@ -1,0 +1,77 @@
+"""weights.safetensors, written as a stream: one tensor in memory at a time, every offset known beforehand.
+
+The safetensors library wants all tensors in memory at once, twice over; a d30 would need 24 GB. Its format is a length,
+a JSON header and the bytes, which is all there is here. The header is padded so that the data begins on a page and, with
+the tensors whose size is a multiple of 64 bytes first, every large tensor is aligned for memory-mapped use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .deploy_view import LazyWeight
+
+PAGE = 4096
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """Where a float32 tensor lies in the file: byte offset from the file's start, length in bytes."""
+
+    offset: int
+    length: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsLayout:
+    """Header bytes and slots, in file order."""
+
+    header: bytes
+    slots: dict[str, WeightSlot]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(slot.length for slot in self.slots.values())
+
+
+def weights_layout(weights: dict[str, LazyWeight]) -> WeightsLayout:
+    """Places every tensor; the same weights always get the same layout."""
+    names = sorted(weights, key=lambda name: weights[name].nbytes % ALIGNMENT != 0)  # stable
+    entries, end = {}, 0
+    for name in names:
+        begin, end = end, end + weights[name].nbytes
+        entries[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    header = len(text).to_bytes(8, "little") + text
+    slots = {}
+    for name in names:
+        begin, end = entries[name]["data_offsets"]
+        slots[name] = WeightSlot(len(header) + begin, end - begin, weights[name].shape)
+    return WeightsLayout(header, slots)
+
+
+def write_weights(
+    path: Path,
+    weights: dict[str, LazyWeight],
+    layout: WeightsLayout,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> str:
+    """Writes the file and returns its sha256; `on_bytes` hears of every chunk written."""
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        file.write(layout.header)
+        digest.update(layout.header)
+        for name in layout.slots:
+            data = memoryview(weights[name].numpy()).cast("B")
+            file.write(data)
+            digest.update(data)
+            on_bytes(len(data))
+    return digest.hexdigest()

@@ -1,0 +1,190 @@
+"""The bundle on disk: a directory whose bundle.json describes and seals everything in it.
+
+`Bundle.open` checks format, files, sizes and digests before anything is used. Loading runs no code from a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .config import VARConfig, VQVAEConfig, config_from_dict, config_to_dict
+from .errors import BundleError, VarDeployError
+from .signature import GraphSpec, TensorSpec, graph_specs
+
+MANIFEST = "bundle.json"
+WEIGHTS = "weights.safetensors"
+FORMAT = "var-deploy bundle"
+FORMAT_VERSION = 1
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingDefaults:
+    """What `generate` uses where a request is silent: the paper's settings for FID."""
+
+    guidance: float = 1.5
+    top_k: int = 900
+    top_p: float = 0.96
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileSeal:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """bundle.json as data."""
+
+    var: VARConfig
+    vqvae: VQVAEConfig
+    precision: str
+    graphs: Mapping[str, GraphSpec]
+    sampling: SamplingDefaults
+    class_names: tuple[str, ...] | None
+    license: str
+    source: Mapping[str, Any]
+    files: Mapping[str, FileSeal]
+
+    def to_json(self) -> str:
+        """Stable text: the same manifest always gives the same bytes."""
+        data = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": {"var": config_to_dict(self.var), "vqvae": config_to_dict(self.vqvae)},
+            "precision": self.precision,
+            "sampling": asdict(self.sampling),
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "license": self.license,
+            "source": dict(self.source),
+            "graphs": {name: asdict(spec) for name, spec in self.graphs.items()},
+            "files": {name: asdict(seal) for name, seal in self.files.items()},
+        }
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        """Parses and checks. Raises BundleError."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{where}: not valid JSON ({error}); export the bundle again") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f"{where}: not a bundle manifest: expected \"format\": {FORMAT!r}")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            step = "update var-deploy" if isinstance(version, int) and version > FORMAT_VERSION else "export it again"
+            raise BundleError(f"{where}: format version {version!r}, this program reads {FORMAT_VERSION}; {step}")
+        try:
+            manifest = cls(
+                var=config_from_dict(VARConfig, data["model"]["var"]),
+                vqvae=config_from_dict(VQVAEConfig, data["model"]["vqvae"]),
+                precision=data["precision"],
+                graphs={name: _graph_spec(graph) for name, graph in data["graphs"].items()},
+                sampling=SamplingDefaults(**data["sampling"]),
+                class_names=None if data["class_names"] is None else tuple(map(str, data["class_names"])),
+                license=data["license"],
+                source=data["source"],
+                files={name: FileSeal(**seal) for name, seal in data["files"].items()},
+            )
+        except VarDeployError as error:
+            raise BundleError(f"{where}: {error}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise BundleError(f"{where}: incomplete or malformed ({error!r}); export the bundle again") from error
+        manifest._check(where)
+        return manifest
+
+    def _check(self, where: Path) -> None:
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+                raise BundleError(f"{where}: file name {name!r} leaves the bundle; expected a plain relative path")
+        expected = graph_specs(self.var, self.vqvae)
+        if dict(self.graphs) != expected:
+            wrong = sorted(n for n in expected.keys() | self.graphs.keys() if self.graphs.get(n) != expected.get(n))
+            raise BundleError(f"{where}: graph signatures differ from what the model needs: {wrong}; export it again")
+        needed = {WEIGHTS, *(spec.file for spec in self.graphs.values())}
+        if missing := sorted(needed - self.files.keys()):
+            raise BundleError(f"{where}: lists no {', '.join(missing)}; export the bundle again")
+        if self.precision != "fp32":
+            raise BundleError(f"{where}: precision {self.precision!r} is unknown, known: fp32; update var-deploy")
+        if self.class_names is not None and len(self.class_names) != self.var.num_classes:
+            raise BundleError(f"{where}: {len(self.class_names)} class names for {self.var.num_classes} classes")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: manifest read, files present and unchanged."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify_digests: bool = True) -> Bundle:
+        """Opens a bundle directory.
+
+        `verify_digests=False` skips the sha256 of the files (sizes are still compared), for a caller that checked
+        them before. Raises BundleError.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        if not path.is_dir() or not manifest_path.is_file():
+            raise BundleError(f"{path}: no bundle here: expected a directory with {MANIFEST}; make one with export")
+        bundle = cls(path, Manifest.from_json(manifest_path.read_text(encoding="utf-8"), manifest_path))
+        bundle._check_files(verify_digests)
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of a file of the bundle."""
+        return self.path / name
+
+    def weight(self, name: str) -> np.ndarray:
+        """A copy of one weight."""
+        try:
+            with safe_open(self.file(WEIGHTS), framework="np") as weights:
+                return weights.get_tensor(name)
+        except SafetensorError as error:
+            raise BundleError(f"{self.file(WEIGHTS)}: {error}; export the bundle again") from error
+
+    def _check_files(self, verify_digests: bool) -> None:
+        problems = []
+        root = self.path.resolve()
+        for name, seal in self.manifest.files.items():
+            file = self.file(name)
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif not file.resolve().is_relative_to(root):
+                problems.append(f"{name} is a link that leaves the bundle")
+            elif (size := file.stat().st_size) != seal.size:
+                problems.append(f"{name} has {size} bytes, expected {seal.size}")
+            elif verify_digests and (digest := sha256_of(file)) != seal.sha256:
+                problems.append(f"{name} has sha256 {digest[:12]}…, expected {seal.sha256[:12]}…")
+        if problems:
+            raise BundleError(f"{self.path}: changed since export: {'; '.join(problems)}; copy or export it again")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _graph_spec(data: Mapping[str, Any]) -> GraphSpec:
+    def tensors(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+
+    return GraphSpec(data["file"], tensors(data["inputs"]), tensors(data["outputs"]))

@@ -1,0 +1,132 @@
+"""ONNX Runtime engine on a CPU: IO binding, caches written in place, every weight in memory once.
+
+ONNX Runtime packs a private copy of each matrix per session, so one session per scale would hold the weights K times
+over. Hence two ways to run: "symbolic", one packed session for all scales (the default: fast, weights once), and
+"static", one session per scale that reads the memory-mapped file unpacked (weights once, shared between processes, but
+slower products).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle import Bundle
+from ..errors import EngineError
+from ..signature import cache_names, scale_graph_name
+
+GRAPHS = ("symbolic", "static")
+
+
+@dataclass(slots=True)
+class OnnxState:
+    """Buffers of one generation, owned here and bound to every step."""
+
+    conditions: dict[str, Any]  # modulation, head_modulation, start as OrtValues
+    caches: dict[str, Any]  # name → OrtValue [R, H, L, 64]; filled scale by scale, never copied
+    f_hat: list[np.ndarray]  # two buffers [R, C, h, h]: a step reads one and writes the other
+    turn: int = 0  # which of the two holds the current f_hat
+
+    @property
+    def f_hat_RChh(self) -> np.ndarray:
+        return self.f_hat[self.turn]
+
+
+class OnnxEngine:
+    """Runs a bundle's graphs with ONNX Runtime; safe to use from several threads, one state each."""
+
+    name = "onnx"
+
+    def __init__(self, bundle: Bundle, *, graphs: str, threads: int | None) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._symbolic = graphs == "symbolic"
+        # Read once per image with few rows, so packing would cost load time and memory for nothing.
+        self._condition = self._session("condition", prepack=False)
+        self._finish = self._session("finish")
+        self._decoder = self._session("decoder")
+        self._encoder: ort.InferenceSession | None = None  # made at the first encode: few callers need it
+        if self._symbolic:
+            shared = self._session("scales")
+            self._scales = [shared] * bundle.manifest.var.num_scales
+        else:
+            names = [scale_graph_name(k) for k in range(bundle.manifest.var.num_scales)]
+            self._scales = [self._session(name, prepack=False) for name in names]
+
+    def begin(self, labels_R: np.ndarray) -> OnnxState:
+        config, R = self._bundle.manifest.var, len(labels_R)
+        names = [spec.name for spec in self._bundle.manifest.graphs["condition"].outputs]
+        values = self._condition.run_with_ort_values(names, {"labels": _ort_value(labels_R.astype(np.int64))})
+        cache_shape = (R, config.num_heads, config.num_tokens, 64)
+        caches = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type(cache_shape, np.float32)
+            for name in cache_names(config.depth)
+        }
+        f_hat_shape = (R, config.z_channels, config.latent_size, config.latent_size)
+        f_hat = [np.zeros(f_hat_shape, dtype=np.float32) for _ in range(2)]
+        return OnnxState(dict(zip(names, values, strict=True)), caches, f_hat)
+
+    def step(self, state: OnnxState, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
+        config = self._bundle.manifest.var
+        R = len(state.f_hat_RChh)
+        spec = self._bundle.manifest.graphs["scales" if self._symbolic else scale_graph_name(k)]
+        if codes_RnC is None:  # the symbolic graph takes codes at every scale and ignores them at the first
+            codes_RnC = np.zeros((R, config.tokens_per_scale[0], config.z_channels), dtype=np.float32)
+        logits_RnV = np.empty((R, config.tokens_per_scale[k], config.vocab_size), dtype=np.float32)
+        values = {
+            **state.conditions,
+            **state.caches,
+            **{f"{name}.out": cache for name, cache in state.caches.items()},  # the same buffer: updated in place
+            "scale": _ort_value(np.array([k], dtype=np.int64)),
+            "codes": _ort_value(np.ascontiguousarray(codes_RnC, dtype=np.float32)),
+            "f_hat": _ort_value(state.f_hat[state.turn]),
+            "f_hat.out": _ort_value(state.f_hat[1 - state.turn]),
+            "logits": _ort_value(logits_RnV),
+        }
+        binding = self._scales[k].io_binding()
+        for tensor in spec.inputs:
+            binding.bind_ortvalue_input(tensor.name, values[tensor.name])
+        for tensor in spec.outputs:
+            binding.bind_ortvalue_output(tensor.name, values[tensor.name])
+        self._scales[k].run_with_iobinding(binding)
+        if any(tensor.name == "f_hat.out" for tensor in spec.outputs):
+            state.turn = 1 - state.turn
+        return logits_RnV
+
+    def finish(self, state: OnnxState, codes_BnC: np.ndarray) -> np.ndarray:
+        f_hat_BChh = state.f_hat_RChh[: len(codes_BnC)]
+        return self._finish.run(None, {"codes": codes_BnC, "f_hat": f_hat_BChh})[0]
+
+    def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
+        return _one_by_one(self._decoder, "f_hat", f_hat_BChh)
+
+    def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
+        if self._encoder is None:
+            self._encoder = self._session("encoder")
+        return _one_by_one(self._encoder, "pixels", pixels_B3RR)
+
+    def _session(self, name: str, *, prepack: bool = True) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        path = self._bundle.file(self._bundle.manifest.graphs[name].file)
+        try:
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception types share no public base class
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
+
+
+def _ort_value(array: np.ndarray) -> Any:
+    """An OrtValue over the array's own memory."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _one_by_one(session: ort.InferenceSession, name: str, batch: np.ndarray) -> np.ndarray:
+    """Runs a convolutional graph image by image: on a CPU a batch is no faster, and activations are the memory peak."""
+    return np.concatenate([session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))])

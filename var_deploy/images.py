@@ -1,0 +1,49 @@
+"""Pixels [B, 3, R, R] in [0, 1] ↔ pictures, grids and animations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import RequestError
+
+
+def images_from_pixels(pixels_B3RR: np.ndarray) -> list[Image.Image]:
+    """One 8-bit RGB image per row, rounded to nearest."""
+    bytes_BRR3 = np.rint(pixels_B3RR.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return [Image.fromarray(image) for image in bytes_BRR3]
+
+
+def pixels_from_images(images: Sequence[Image.Image] | np.ndarray, size: int) -> np.ndarray:
+    """float32 [B, 3, size, size] in [0, 1]: pictures scaled and centre-cropped to a square, arrays checked."""
+    if isinstance(images, np.ndarray):
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise RequestError(f"images: array of shape {images.shape}, expected (B, 3, {size}, {size})")
+        if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+            raise RequestError("images: array values outside [0, 1]; scale 8-bit values by 1/255")
+        return images.astype(np.float32)
+    if not images:
+        raise RequestError("images: got none, expected at least one")
+    fitted = [ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255 for image in fitted])
+
+
+def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """One picture of many, row by row; as square as it gets unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
+    return grid
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | Path, *, milliseconds: int = 400) -> None:
+    """Looping GIF of the frames, the last one held three times as long."""
+    durations = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

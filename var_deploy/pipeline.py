@@ -1,0 +1,228 @@
+"""The decode loop: class ids → tokens, scale by scale → image. The file to read first.
+
+    begin(labels) → for each scale: logits = step(codes); tokens = draw(logits); codes = codebook[tokens] → finish → decode
+
+Axes: B images, R rows (B, or 2B under guidance: conditioned first, then the null class), n tokens of a scale, C code
+width, V codebook entries, h side of the feature map.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import sampling
+from .bundle import Bundle
+from .engines import Engine, engine_for
+from .errors import RequestError
+from .images import images_from_pixels, pixels_from_images
+from .quantizer import Quantizer
+
+MAX_SEED = 2**64 - 1
+
+
+def load(
+    path: str | Path,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    graphs: str = "symbolic",
+    threads: int | None = None,
+    verify_digests: bool = True,
+) -> Pipeline:
+    """Opens a bundle and makes it ready to run.
+
+    `engine`: "auto" or "onnx". `graphs`: "symbolic" (one graph for all scales) or "static" (one per scale; see
+    `engines.onnx`). `threads`: per session, default one per core. Raises BundleError and EngineError.
+    """
+    bundle = Bundle.open(path, verify_digests=verify_digests)
+    return Pipeline(bundle, engine_for(bundle, engine, device, graphs=graphs, threads=threads))
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `on_scale` hears after scale `scale` was drawn and added to the feature map."""
+
+    scale: int
+    num_scales: int
+    tokens_Bn: np.ndarray
+    f_hat_BChh: np.ndarray
+    _engine: Engine = field(repr=False)
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The images so far; the decoder runs when this is first read, so it costs nothing unless looked at."""
+        return images_from_pixels(self._engine.decode(self.f_hat_BChh))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of one request."""
+
+    pixels: np.ndarray  #: float32 [B, 3, R, R] in [0, 1]
+    tokens: list[np.ndarray]  #: per scale, int64 [B, n_k]
+    timings: dict[str, float]  #: seconds per stage: condition, scale_00 …, draw, finish, decode
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """8-bit pictures."""
+        return images_from_pixels(self.pixels)
+
+
+class Pipeline:
+    """A loaded bundle. Requests may run side by side from several threads."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self._quantizer = Quantizer(bundle)
+
+    def generate(
+        self,
+        labels: int | str | Sequence[int | str],
+        *,
+        seeds: int | Sequence[int] = 0,
+        guidance: float | Sequence[float] | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        smooth: bool = False,
+        on_scale: Callable[[Preview], None] | None = None,
+    ) -> Generation:
+        """Generates one image per label.
+
+        labels: class ids or class names of the bundle. seeds: one integer (the images take s, s + 1, …) or one per
+        image; an image depends on its class, seed and settings, not on the batch it came in. guidance: strength at the
+        last scale, growing linearly from 0 at the first as published; a sequence gives the strength of every scale;
+        0 runs half the rows. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes
+        instead of taking the drawn one. on_scale: called after every scale. Raises RequestError.
+        """
+        labels_B = self._label_ids(labels)
+        seed_list = _seed_list(seeds, len(labels_B))
+        settings = self._settings(guidance, top_k, top_p, smooth)
+        config, codebook_VC, B = self.bundle.manifest.var, self._quantizer.codebook_VC, len(labels_B)
+        rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided else labels_B
+        timings: dict[str, float] = {}
+        tokens: list[np.ndarray] = []
+        codes_BnC: np.ndarray | None = None
+
+        def report(f_hat_RChh: np.ndarray) -> None:
+            if on_scale is not None and tokens:
+                f_hat_BChh = f_hat_RChh[:B].copy()
+                on_scale(Preview(len(tokens) - 1, config.num_scales, tokens[-1], f_hat_BChh, self.engine))
+
+        with _timed(timings, "condition"):
+            state = self.engine.begin(rows_R)
+        for k in range(config.num_scales):
+            with _timed(timings, f"scale_{k:02d}"):
+                codes_RnC = codes_BnC
+                if codes_BnC is not None and settings.guided:
+                    codes_RnC = np.concatenate([codes_BnC, codes_BnC])
+                logits_RnV = self.engine.step(state, k, codes_RnC)
+            report(state.f_hat_RChh)  # f_hat now holds the scale before this one
+            with _timed(timings, "draw"):
+                begin = config.span(k)[0]
+                tokens_Bn, codes_BnC = sampling.draw_scale(logits_RnV, k, begin, seed_list, settings, codebook_VC)
+            tokens.append(tokens_Bn)
+        assert codes_BnC is not None  # there are at least two scales
+        with _timed(timings, "finish"):
+            f_hat_BChh = self.engine.finish(state, codes_BnC)
+        report(f_hat_BChh)
+        with _timed(timings, "decode"):
+            pixels = self.engine.decode(f_hat_BChh)
+        return Generation(pixels, tokens, timings)
+
+    def encode(self, images: Sequence[Image.Image] | np.ndarray) -> list[np.ndarray]:
+        """Token pyramid of images: K arrays int64 [B, n_k].
+
+        Pictures of any size are scaled and centre-cropped; an array is float [B, 3, R, R] in [0, 1].
+        """
+        pixels = pixels_from_images(images, self.bundle.manifest.vqvae.image_size)
+        return self._quantizer.tokens_from_features(self.engine.encode(pixels))
+
+    def decode(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """Pixels [B, 3, R, R] in [0, 1] of a token pyramid (all scales, or the first few)."""
+        return self.engine.decode(self._quantizer.features_from_tokens(self._checked_tokens(tokens)))
+
+    def reconstruct(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+        """Images through encoder, all scales of the quantiser and decoder: pixels [B, 3, R, R] in [0, 1]."""
+        return self.decode(self.encode(images))
+
+    def _label_ids(self, labels: int | str | Sequence[int | str]) -> np.ndarray:
+        names, count = self.bundle.manifest.class_names, self.bundle.manifest.var.num_classes
+        entries = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        if not entries:
+            raise RequestError("labels: got none, expected at least one class")
+        ids = []
+        for entry in entries:
+            if isinstance(entry, str):
+                if names is None or entry not in names:
+                    known = ", ".join(names[:10]) + (", …" if count > 10 else "") if names else "ids only"
+                    raise RequestError(f"class {entry!r} is unknown; this bundle knows {known} (ids 0 to {count - 1})")
+                entry = names.index(entry)
+            if not isinstance(entry, int | np.integer) or isinstance(entry, bool) or not 0 <= entry < count:
+                raise RequestError(f"class {entry!r} is out of range; expected an id from 0 to {count - 1}")
+            ids.append(int(entry))
+        return np.array(ids, dtype=np.int64)
+
+    def _settings(
+        self, guidance: float | Sequence[float] | None, top_k: int | None, top_p: float | None, smooth: bool
+    ) -> sampling.Settings:
+        defaults, config = self.bundle.manifest.sampling, self.bundle.manifest.var
+        guidance = defaults.guidance if guidance is None else guidance
+        top_k = defaults.top_k if top_k is None else top_k
+        top_p = defaults.top_p if top_p is None else top_p
+        if isinstance(guidance, Sequence | np.ndarray):
+            strengths = tuple(float(t) for t in guidance)
+            if len(strengths) != config.num_scales:
+                raise RequestError(f"guidance: {len(strengths)} values, expected one per scale ({config.num_scales})")
+        else:
+            strengths = tuple(float(guidance) * config.ratio(k) for k in range(config.num_scales))
+        if not all(math.isfinite(t) and t >= 0 for t in strengths):
+            raise RequestError(f"guidance: got {guidance}, expected finite values of at least 0")
+        if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 0:
+            raise RequestError(f"top_k: got {top_k!r}, expected an integer of at least 0 (0 is off)")
+        if not 0 <= top_p <= 1:
+            raise RequestError(f"top_p: got {top_p!r}, expected a number from 0 to 1 (0 is off)")
+        return sampling.Settings(strengths=strengths, top_k=int(top_k), top_p=float(top_p), smooth=smooth)
+
+    def _checked_tokens(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+        config = self.bundle.manifest.vqvae
+        if not 1 <= len(tokens) <= config.num_scales:
+            raise RequestError(f"tokens: {len(tokens)} scales, expected 1 to {config.num_scales}")
+        for k, tokens_Bn in enumerate(tokens):
+            expected = (len(tokens[0]), config.tokens_per_scale[k])
+            if tokens_Bn.shape != expected:
+                raise RequestError(f"tokens: scale {k} has shape {tokens_Bn.shape}, expected {expected}")
+            if not np.issubdtype(tokens_Bn.dtype, np.integer):
+                raise RequestError(f"tokens: scale {k} is {tokens_Bn.dtype}, expected integers")
+            if tokens_Bn.min() < 0 or tokens_Bn.max() >= config.vocab_size:
+                raise RequestError(f"tokens: scale {k} leaves the codebook's 0 to {config.vocab_size - 1}")
+        return list(tokens)
+
+
+def _seed_list(seeds: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):
+        listed = [int(seeds) + i for i in range(count)]
+    else:
+        listed = list(seeds) if isinstance(seeds, Sequence | np.ndarray) else [seeds]  # type: ignore[list-item]
+    if len(listed) != count:
+        raise RequestError(f"seeds: {len(listed)} for {count} images; give one integer, or one per image")
+    for seed in listed:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+            raise RequestError(f"seeds: got {seed!r}, expected integers from 0 to 2⁶⁴ − 1")
+    return [int(seed) for seed in listed]
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin
