@@ -81,7 +81,7 @@ class Manifest:
         except ValueError as error:
             raise BundleError(f"{where}: not valid JSON ({error}); export the bundle again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise BundleError(f"{where}: not a bundle manifest: expected \"format\": {FORMAT!r}")
+            raise BundleError(f'{where}: not a bundle manifest: expected "format": {FORMAT!r}')
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             step = "update var-deploy" if isinstance(version, int) and version > FORMAT_VERSION else "export it again"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,9 +46,7 @@ class ScalesConfig:
         p = self.patch_nums
         ok = isinstance(p, tuple) and len(p) >= 2 and all(_is_int(n) and n > 0 for n in p)
         _require(ok, "patch_nums", p, "a tuple of at least two positive integers")
-        _require(
-            all(a < b for a, b in zip(p, p[1:], strict=False)), "patch_nums", p, "strictly growing sides"
-        )
+        _require(all(a < b for a, b in pairwise(p)), "patch_nums", p, "strictly growing sides")
 
     @property
     def num_scales(self) -> int:
@@ -101,11 +100,7 @@ class VQVAEConfig(ScalesConfig):
             value = getattr(self, field)
             _require(_is_int(value) and value > 0, field, value, "a positive integer")
         _require(self.ch % GROUPS == 0, "ch", self.ch, f"a multiple of {GROUPS}, the GroupNorm groups")
-        ok = (
-            isinstance(self.ch_mult, tuple)
-            and self.ch_mult
-            and all(_is_int(m) and m > 0 for m in self.ch_mult)
-        )
+        ok = isinstance(self.ch_mult, tuple) and self.ch_mult and all(_is_int(m) and m > 0 for m in self.ch_mult)
         _require(bool(ok), "ch_mult", self.ch_mult, "a tuple of positive integers")
         _require(
             self.phi_layout in ("partial", "single", "per_scale"),

@@ -1,6 +1,7 @@
 """The decode loop: class ids → tokens, scale by scale → image. The file to read first.
 
-    begin(labels) → for each scale: logits = step(codes); tokens = draw(logits); codes = codebook[tokens] → finish → decode
+    begin(labels) → for each scale: logits = step(codes); tokens = draw(logits); codes = codebook[tokens]
+                  → finish(codes) → decode(f_hat)
 
 Axes: B images, R rows (B, or 2B under guidance: conditioned first, then the null class), n tokens of a scale, C code
 width, V codebook entries, h side of the feature map.
@@ -211,8 +212,10 @@ class Pipeline:
 def _seed_list(seeds: int | Sequence[int], count: int) -> list[int]:
     if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):
         listed = [int(seeds) + i for i in range(count)]
+    elif isinstance(seeds, Sequence | np.ndarray):
+        listed = list(seeds)
     else:
-        listed = list(seeds) if isinstance(seeds, Sequence | np.ndarray) else [seeds]  # type: ignore[list-item]
+        raise RequestError(f"seeds: got {seeds!r}, expected one integer or one per image")
     if len(listed) != count:
         raise RequestError(f"seeds: {len(listed)} for {count} images; give one integer, or one per image")
     for seed in listed:

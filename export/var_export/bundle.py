@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+
 import var_deploy
 from var_deploy.bundle import MANIFEST, WEIGHTS, FileSeal, Manifest, SamplingDefaults, sha256_of
 from var_deploy.errors import BundleError, CheckpointError
@@ -55,9 +56,7 @@ def bundle_from_checkpoint(
         "vqvae": _origin(Path(vqvae_path)),
         "exporter": f"var-deploy {var_deploy.__version__}",
     }
-    return write_bundle(
-        pair, out, class_names=class_names, license_note=license_note, source=source, progress=progress
-    )
+    return write_bundle(pair, out, class_names=class_names, license_note=license_note, source=source, progress=progress)
 
 
 def write_bundle(
@@ -140,7 +139,9 @@ def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < size:
-            raise BundleError(f"{out}: needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on that disk; free space")
+            raise BundleError(
+                f"{out}: needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on that disk; free space"
+            )
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise BundleError(f"{out}: cannot write there ({error.strerror or error}); choose another place") from error
@@ -154,7 +155,9 @@ def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         step = "free space and export again" if full else "choose another place"
-        raise BundleError(f"{out}: writing failed ({error.strerror or error}); {step}; nothing is left behind") from error
+        raise BundleError(
+            f"{out}: writing failed ({error.strerror or error}); {step}; nothing is left behind"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

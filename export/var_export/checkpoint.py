@@ -20,10 +20,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from var_deploy.config import HEAD_DIM, ConfigError, VARConfig, VQVAEConfig
-from var_deploy.errors import CheckpointError
 from var_train import VAR, VQVAE
 from var_train.var import scale_index_and_mask
+
+from var_deploy.config import HEAD_DIM, ConfigError, VARConfig, VQVAEConfig
+from var_deploy.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,6 +59,12 @@ def _condition_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     def read(key: str) -> Tensor:
         return state[key].float()
 
+    def transposed(key: str) -> Tensor:
+        return read(key).T
+
+    def plus(key: str, constant: Tensor) -> Tensor:
+        return read(key) + constant
+
     def start_position() -> Tensor:
         return (read("pos_start") + read("lvl_embed.weight")[0] + read("pos_1LC")[:, :n_0])[0]
 
@@ -66,22 +73,22 @@ def _condition_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     one_2D = torch.tensor([1.0, 0.0]).repeat_interleave(D)
 
     weights = {
-        "class_emb.weight": LazyWeight((config.num_classes + 1, D), lambda: read("class_emb.weight")),
+        "class_emb.weight": LazyWeight((config.num_classes + 1, D), partial(read, "class_emb.weight")),
         "start_position": LazyWeight((n_0, D), start_position),
     }
     if config.shared_aln:
-        weights["shared_ada_lin.weight"] = LazyWeight((D, 6 * D), lambda: read("shared_ada_lin.1.weight").T)
-        weights["shared_ada_lin.bias"] = LazyWeight((6 * D,), lambda: read("shared_ada_lin.1.bias") + one_6D)
+        weights["shared_ada_lin.weight"] = LazyWeight((D, 6 * D), partial(transposed, "shared_ada_lin.1.weight"))
+        weights["shared_ada_lin.bias"] = LazyWeight((6 * D,), partial(plus, "shared_ada_lin.1.bias", one_6D))
         weights["ada_gss"] = LazyWeight(
             (1, depth, 6, D), lambda: torch.cat([read(f"blocks.{i}.ada_gss") for i in range(depth)], dim=1)
         )
     else:
         for i in range(depth):
             key = f"blocks.{i}.ada_lin"
-            weights[f"{key}.weight"] = LazyWeight((D, 6 * D), lambda key=key: read(f"{key}.1.weight").T)
-            weights[f"{key}.bias"] = LazyWeight((6 * D,), lambda key=key: read(f"{key}.1.bias") + one_6D)
-    weights["head_nm.ada_lin.weight"] = LazyWeight((D, 2 * D), lambda: read("head_nm.ada_lin.1.weight").T)
-    weights["head_nm.ada_lin.bias"] = LazyWeight((2 * D,), lambda: read("head_nm.ada_lin.1.bias") + one_2D)
+            weights[f"{key}.weight"] = LazyWeight((D, 6 * D), partial(transposed, f"{key}.1.weight"))
+            weights[f"{key}.bias"] = LazyWeight((6 * D,), partial(plus, f"{key}.1.bias", one_6D))
+    weights["head_nm.ada_lin.weight"] = LazyWeight((D, 2 * D), partial(transposed, "head_nm.ada_lin.1.weight"))
+    weights["head_nm.ada_lin.bias"] = LazyWeight((2 * D,), partial(plus, "head_nm.ada_lin.1.bias", one_2D))
     return weights
 
 
@@ -93,38 +100,39 @@ def _scale_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     def read(key: str) -> Tensor:
         return state[key].float()
 
+    def transposed(key: str) -> Tensor:
+        return read(key).T
+
     def position() -> Tensor:
         level_LD = read("lvl_embed.weight")[state["lvl_1L"][0].long()]
         return (level_LD + read("pos_1LC")[0] + read("word_embed.bias"))[n_0:]
 
+    def qkv_bias(attn: str) -> Tensor:
+        return torch.cat([read(f"{attn}.{part}") for part in ("q_bias", "zero_k_bias", "v_bias")])
+
+    def q_scale(attn: str) -> Tensor:
+        return read(f"{attn}.scale_mul_1H11").clamp_max(MAX_SCALE_MUL).exp()[0]
+
     weights = {
-        "word_embed.weight": LazyWeight((config.z_channels, D), lambda: read("word_embed.weight").T),
+        "word_embed.weight": LazyWeight((config.z_channels, D), partial(transposed, "word_embed.weight")),
         "position": LazyWeight((config.num_tokens - n_0, D), position),
     }
     for i in range(config.depth):
         attn, ffn = f"blocks.{i}.attn", f"blocks.{i}.ffn"
 
-        def qkv_bias(attn: str = attn) -> Tensor:
-            return torch.cat([read(f"{attn}.{part}") for part in ("q_bias", "zero_k_bias", "v_bias")])
-
-        def q_scale(attn: str = attn) -> Tensor:
-            return read(f"{attn}.scale_mul_1H11").clamp_max(MAX_SCALE_MUL).exp()[0]
-
-        weights[f"{attn}.qkv.weight"] = LazyWeight(
-            (D, 3 * D), lambda attn=attn: read(f"{attn}.mat_qkv.weight").T
-        )
-        weights[f"{attn}.qkv.bias"] = LazyWeight((3 * D,), qkv_bias)
+        weights[f"{attn}.qkv.weight"] = LazyWeight((D, 3 * D), partial(transposed, f"{attn}.mat_qkv.weight"))
+        weights[f"{attn}.qkv.bias"] = LazyWeight((3 * D,), partial(qkv_bias, attn))
         if config.attn_l2_norm:
-            weights[f"{attn}.q_scale"] = LazyWeight((config.num_heads, 1, 1), q_scale)
+            weights[f"{attn}.q_scale"] = LazyWeight((config.num_heads, 1, 1), partial(q_scale, attn))
         for key, K, N in (
             (f"{attn}.proj", D, D),
             (f"{ffn}.fc1", D, config.ffn_dim),
             (f"{ffn}.fc2", config.ffn_dim, D),
         ):
-            weights[f"{key}.weight"] = LazyWeight((K, N), lambda key=key: read(f"{key}.weight").T)
-            weights[f"{key}.bias"] = LazyWeight((N,), lambda key=key: read(f"{key}.bias"))
-    weights["head.weight"] = LazyWeight((D, config.vocab_size), lambda: read("head.weight").T)
-    weights["head.bias"] = LazyWeight((config.vocab_size,), lambda: read("head.bias"))
+            weights[f"{key}.weight"] = LazyWeight((K, N), partial(transposed, f"{key}.weight"))
+            weights[f"{key}.bias"] = LazyWeight((N,), partial(read, f"{key}.bias"))
+    weights["head.weight"] = LazyWeight((D, config.vocab_size), partial(transposed, "head.weight"))
+    weights["head.bias"] = LazyWeight((config.vocab_size,), partial(read, "head.bias"))
     return weights
 
 
@@ -147,13 +155,11 @@ def _vqvae_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
         return 0.5 * phi("weight") + 0.5 * identity.repeat(P, 1, 1, 1)
 
     weights = {
-        "quantize.embedding.weight": LazyWeight(
-            (config.vocab_size, C), lambda: state["quantize.embedding.weight"].float()
-        ),
+        "quantize.embedding.weight": LazyWeight((config.vocab_size, C), state["quantize.embedding.weight"].float),
         "quantize.phi.weight": LazyWeight((P * C, C, 3, 3), phi_weight),
         "quantize.phi.bias": LazyWeight((P * C,), lambda: 0.5 * phi("bias")),
     }
     for key, tensor in state.items():
         if not key.startswith("quantize."):
-            weights[key] = LazyWeight(tuple(tensor.shape), lambda tensor=tensor: tensor.float())
+            weights[key] = LazyWeight(tuple(tensor.shape), tensor.float)
     return weights

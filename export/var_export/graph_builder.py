@@ -1,7 +1,7 @@
-"""Writes one ONNX graph with onnx-ir: inputs, weights in an external file, small constants inline, operators.
+"""Writes one ONNX graph with onnx-ir: inputs, weights in a file beside it, small constants inline, operators.
 
-Opset 24, IR version 10. A weight is an initializer that points into weights.safetensors and bears the same name in every
-graph, so runtimes can share it.
+Opset 24, IR version 10. A weight is an initializer that points into weights.safetensors and bears the same name in
+every graph, so runtimes can share it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from var_deploy.signature import GraphSpec, TensorSpec
 
 from .weights_file import WeightsLayout

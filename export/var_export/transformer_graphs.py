@@ -1,8 +1,8 @@
 """The graphs of the transformer and the quantiser: condition, one per scale, the symbolic one, finish.
 
-One function, `scale_graph`, writes a scale of any kind. What differs between a static scale and the symbolic graph (where
-tokens begin and end, which φ, which resampling) is behind a `_Geometry`: constants in one, look-ups by the input `scale`
-in the other. Axes as in `var_deploy.signature`.
+One function, `scale_graph`, writes a scale of any kind. What differs between a static scale and the symbolic graph
+(where tokens begin and end, which φ, which resampling) is behind a `_Geometry`: constants in one, look-ups by the input
+`scale` in the other. Axes as in `var_deploy.signature`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+from var_train.var import LN_EPS
+
 from var_deploy.config import HEAD_DIM, VARConfig, VQVAEConfig
 from var_deploy.interpolation import area_matrix, bicubic_matrix
 from var_deploy.signature import GraphSpec, cache_names, graph_specs, scale_graph_name
-from var_train.var import LN_EPS
 
 from .graph_builder import GraphBuilder
 from .weights_file import WeightsLayout
@@ -36,9 +37,7 @@ def condition_graph(var: VARConfig, spec: GraphSpec, layout: WeightsLayout) -> i
         shared_R16D = b.reshape(b.linear(silu_RD, "shared_ada_lin"), -1, 1, 6, D)
         modulation = b.op("Add", b.weight("ada_gss"), shared_R16D)
     else:
-        per_block = [
-            b.reshape(b.linear(silu_RD, f"blocks.{i}.ada_lin"), -1, 1, 6, D) for i in range(var.depth)
-        ]
+        per_block = [b.reshape(b.linear(silu_RD, f"blocks.{i}.ada_lin"), -1, 1, 6, D) for i in range(var.depth)]
         modulation = b.op("Concat", *per_block, axis=1)
     head_modulation = b.reshape(b.linear(silu_RD, "head_nm.ada_lin"), -1, 2, D)
     start = b.op("Add", b.op("Unsqueeze", cond_RD, b.ints(1)), b.weight("start_position"))
@@ -108,9 +107,7 @@ def _qkv(b: GraphBuilder, y_RnD: ir.Value, block: int, var: VARConfig) -> tuple[
     """Queries, keys, values [R, H, n, 64]; q and k unit length per head and q scaled, where the model does that."""
     name = f"blocks.{block}.attn"
     parts = b.op("Split", b.linear(y_RnD, f"{name}.qkv"), outputs=3, axis=-1, num_outputs=3)
-    q, k, v = (
-        b.op("Transpose", b.reshape(part, 0, -1, var.num_heads, HEAD_DIM), perm=[0, 2, 1, 3]) for part in parts
-    )
+    q, k, v = (b.op("Transpose", b.reshape(part, 0, -1, var.num_heads, HEAD_DIM), perm=[0, 2, 1, 3]) for part in parts)
     if var.attn_l2_norm:
         q, k = _unit_length(b, q), _unit_length(b, k)
         q = b.op("Mul", q, b.weight(f"{name}.q_scale"))

@@ -5,8 +5,11 @@ Pixels are in [0, 1]; the VQVAE's own range is [−1, 1]. Axes: B images, C code
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+
 from var_deploy.config import GROUPS, VQVAEConfig
 from var_deploy.signature import GraphSpec
 
@@ -29,7 +32,11 @@ def decoder_graph(vqvae: VQVAEConfig, spec: GraphSpec, layout: WeightsLayout) ->
         x = _level(b, x, name, c_in, widths[level], vqvae.num_res_blocks + 1, side if level == deepest else None)
         if level != 0:
             double = b.constant([1, 1, 2, 2], "float32")
-            nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            nearest: dict[str, Any] = {
+                "mode": "nearest",
+                "coordinate_transformation_mode": "asymmetric",
+                "nearest_mode": "floor",
+            }
             x = b.conv(b.op("Resize", x, None, double, **nearest), f"{name}.upsample.conv")
     x = b.conv(_silu(b, _group_norm(b, x, "decoder.norm_out", widths[0])), "decoder.conv_out")
     half = b.constant(0.5, "float32")

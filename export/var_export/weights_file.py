@@ -1,8 +1,8 @@
 """weights.safetensors, written as a stream: one tensor in memory at a time, every offset known beforehand.
 
-The safetensors library wants all tensors in memory at once, twice over; a d30 would need 24 GB. Its format is a length,
-a JSON header and the bytes, which is all there is here. The header is padded so that the data begins on a page and, with
-the tensors whose size is a multiple of 64 bytes first, every large tensor is aligned for memory-mapped use.
+The safetensors library wants all tensors in memory at once, twice over; a d30 would need 24 GB. Its format is a
+length, a JSON header and the bytes, which is all there is here. The header is padded so that the data begins on a page
+and, with the tensors whose size is a multiple of 64 bytes first, every large tensor is aligned for memory-mapped use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .deploy_view import LazyWeight
 
@@ -44,7 +45,8 @@ class WeightsLayout:
 def weights_layout(weights: dict[str, LazyWeight]) -> WeightsLayout:
     """Places every tensor; the same weights always get the same layout."""
     names = sorted(weights, key=lambda name: weights[name].nbytes % ALIGNMENT != 0)  # stable
-    entries, end = {}, 0
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
     for name in names:
         begin, end = end, end + weights[name].nbytes
         entries[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}
@@ -70,7 +72,7 @@ def write_weights(
         file.write(layout.header)
         digest.update(layout.header)
         for name in layout.slots:
-            data = memoryview(weights[name].numpy()).cast("B")
+            data = weights[name].numpy().data.cast("B")
             file.write(data)
             digest.update(data)
             on_bytes(len(data))

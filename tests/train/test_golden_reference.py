@@ -31,9 +31,7 @@ def test_state_dict_keys_and_shapes(case):
 
 def test_greedy_generation(case):
     golden, var, vqvae = case
-    out = generate(
-        var, vqvae, torch.tensor(golden.config["labels"]), guidance=golden.config["cfg"], top_k=1, top_p=0
-    )
+    out = generate(var, vqvae, torch.tensor(golden.config["labels"]), guidance=golden.config["cfg"], top_k=1, top_p=0)
     for k in range(len(out.tokens)):
         np.testing.assert_allclose(out.logits[k].numpy(), golden[f"logits.{k}"], atol=ATOL, rtol=0)
         np.testing.assert_array_equal(out.tokens[k].numpy(), golden[f"tokens.{k}"])
@@ -79,7 +77,5 @@ def test_quantizer_training_pass_matches_inference(case):
         features = vqvae.encode(torch.from_numpy(golden.test_image()))
         straight_through, loss, tokens = vqvae.quantize(features)
         assert torch.equal(torch.cat(tokens, 1), torch.cat(vqvae.quantize.tokens_from_features(features), 1))
-        torch.testing.assert_close(
-            straight_through, vqvae.quantize.features_from_tokens(tokens), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(straight_through, vqvae.quantize.features_from_tokens(tokens), atol=1e-5, rtol=0)
         assert loss > 0

@@ -61,9 +61,7 @@ def generate(
         masked_BnV = sampling.mask_top_k_top_p(mixed_BnV, top_k, top_p)
         tokens_Bn = forced_tokens[k] if forced_tokens is not None else sampling.draw(masked_BnV, generator)
         if smooth:
-            codes_BnC = sampling.smooth_codes(
-                masked_BnV, quantize.embedding.weight, config.ratio(k), generator
-            )
+            codes_BnC = sampling.smooth_codes(masked_BnV, quantize.embedding.weight, config.ratio(k), generator)
         else:
             codes_BnC = quantize.embedding(tokens_Bn)
         f_hat_BChh = f_hat_BChh + quantize.contribution(k, codes_BnC)

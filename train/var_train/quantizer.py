@@ -60,9 +60,7 @@ class MultiScaleQuantizer(nn.Module):
         if self.config.using_znorm:
             index_N = (F.normalize(z_NC, dim=-1) @ F.normalize(e_VC, dim=-1).T).argmax(dim=1)
         else:
-            distance_NV = (
-                z_NC.square().sum(dim=1, keepdim=True) + e_VC.square().sum(dim=1) - 2.0 * (z_NC @ e_VC.T)
-            )
+            distance_NV = z_NC.square().sum(dim=1, keepdim=True) + e_VC.square().sum(dim=1) - 2.0 * (z_NC @ e_VC.T)
             index_N = distance_NV.argmin(dim=1)
         return index_N.view(z_BChw.shape[0], -1)
 

@@ -87,6 +87,9 @@ class FFN(nn.Module):
 class AdaLNBlock(nn.Module):
     """Transformer block modulated by the class: gamma1, gamma2, scale1, scale2, shift1, shift2, in this order."""
 
+    ada_gss: nn.Parameter  # with a projection shared by all blocks
+    ada_lin: nn.Sequential  # with one of its own
+
     def __init__(self, config: VARConfig, drop_path: float) -> None:
         super().__init__()
         D = config.embed_dim
@@ -137,9 +140,7 @@ def _layer_norm(x_BnD: Tensor) -> Tensor:
 class VAR(nn.Module):
     """Class label and coarser scales → logits of the next scale's tokens."""
 
-    def __init__(
-        self, config: VARConfig, *, label_dropout: float = 0.1, drop_path: float | None = None
-    ) -> None:
+    def __init__(self, config: VARConfig, *, label_dropout: float = 0.1, drop_path: float | None = None) -> None:
         """`drop_path` is the last block's stochastic depth (linear from 0); None takes 0.1·depth/24."""
         super().__init__()
         self.config = config
@@ -195,6 +196,9 @@ class VAR(nn.Module):
         x_BLD = torch.cat([self.embed_start(cond_BD), later_BlD], dim=1)
         return self._blocks_and_head(x_BLD, cond_BD, [], self.attn_bias_for_masking)[0]
 
+    def _blocks(self) -> list[AdaLNBlock]:
+        return [block for block in self.blocks if isinstance(block, AdaLNBlock)]
+
     def _level_and_position(self, begin: int, end: int) -> Tensor:
         return self.lvl_embed(self.lvl_1L[:, begin:end]) + self.pos_1LC[:, begin:end]
 
@@ -205,7 +209,7 @@ class VAR(nn.Module):
         if self.config.shared_aln:
             shared_B16D = self.shared_ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
         grown: KVCache = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks()):
             past = cache[i] if cache else None
             x_BnD, present = block(x_BnD, block.modulation(cond_BD, shared_B16D), past, bias_11nl)
             grown.append(present)
@@ -214,7 +218,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, *, gamma_scale: float = 1e-3) -> None:
-        """Published initialisation (section 2 of the reference facts); `gamma_scale` is `alng`, smaller when deeper."""
+        """Initialisation of the public release; `gamma_scale` is its `alng`: 1e-3 at d16, down to 1e-5 at d30."""
         D, depth = self.config.embed_dim, self.config.depth
         std = math.sqrt(1 / (3 * D))
 
@@ -229,8 +233,8 @@ class VAR(nn.Module):
         truncated(self.pos_start)
         truncated(self.pos_1LC)
         self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(0.5)
-        for block in self.blocks:
+        _projection(self.head_nm.ada_lin).weight.mul_(0.5)
+        for block in self._blocks():
             block.attn.proj.weight.div_(math.sqrt(2 * depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
             if self.config.shared_aln:
@@ -238,8 +242,15 @@ class VAR(nn.Module):
                 block.ada_gss[:, :, 2:].mul_(0.5)
                 block.ada_gss[:, :, :2].mul_(gamma_scale)
             else:
-                block.ada_lin[1].weight[2 * D :].mul_(0.5)
-                block.ada_lin[1].weight[: 2 * D].mul_(gamma_scale)
+                weight_6DD = _projection(block.ada_lin).weight
+                weight_6DD[2 * D :].mul_(0.5)
+                weight_6DD[: 2 * D].mul_(gamma_scale)
+
+
+def _projection(ada_lin: nn.Sequential) -> nn.Linear:
+    linear = ada_lin[1]
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def scale_index_and_mask(config: VARConfig) -> tuple[Tensor, Tensor]:

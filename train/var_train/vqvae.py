@@ -35,14 +35,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = _conv3x3(c_in, c_out)
         self.norm2 = _group_norm(c_out)
         self.conv2 = _conv3x3(c_out, c_out)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, kernel_size=1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, kernel_size=1)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         y_BChw = self.conv1(F.silu(self.norm1(x_BChw)))
         y_BChw = self.conv2(F.silu(self.norm2(y_BChw)))
-        shortcut = self.nin_shortcut(x_BChw) if hasattr(self, "nin_shortcut") else x_BChw
-        return shortcut + y_BChw
+        return self.nin_shortcut(x_BChw) + y_BChw
 
 
 class AttnBlock(nn.Module):
@@ -97,19 +95,24 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked, then a resampling."""
+    """Residual blocks of one resolution, each followed by attention if asked, then the resampling if there is one.
+
+    The encoder names the resampling `downsample`, the decoder `upsample`.
+    """
 
     def __init__(self, c_in: int, c_out: int, num_blocks: int, attention: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_in if j == 0 else c_out, c_out) for j in range(num_blocks))
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(num_blocks if attention else 0))
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         for j, block in enumerate(self.block):
             x_BChw = block(x_BChw)
             if len(self.attn):
                 x_BChw = self.attn[j](x_BChw)
-        return self.downsample(x_BChw) if hasattr(self, "downsample") else x_BChw
+        return self.upsample(self.downsample(x_BChw))
 
 
 class Encoder(nn.Module):
@@ -160,8 +163,6 @@ class Decoder(nn.Module):
         x_BChw = self.mid(self.conv_in(f_BChh))
         for stage in reversed(self.up):
             x_BChw = stage(x_BChw)
-            if hasattr(stage, "upsample"):
-                x_BChw = stage.upsample(x_BChw)
         return self.conv_out(F.silu(self.norm_out(x_BChw)))
 
 
@@ -198,9 +199,7 @@ class VQVAE(nn.Module):
         f_BChh, loss, tokens = self.quantize(self.encode(image_B3RR))
         return self.decoder(self.post_quant_conv(f_BChh)), loss, tokens
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As usual, except that usage statistics of another number of scales are ignored.
 
         The published VQVAE file keeps statistics of ten scales whatever the VAR it is used with.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class State(Protocol):
 
 
 class Engine(Protocol):
-    """The decode loop's view of a backend. Arrays are float32 unless named otherwise."""
+    """The decode loop's view of a backend. A `state` comes from `begin` of the same engine; arrays are float32."""
 
     name: str
 
@@ -37,14 +37,14 @@ class Engine(Protocol):
         """Computes everything that depends on the classes alone (labels int64 [R])."""
         ...
 
-    def step(self, state: State, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
+    def step(self, state: Any, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
         """Scale k given the codes of scale k − 1 (None for k = 0): raw logits [R, n_k, V].
 
         The array belongs to the state and is valid until the next step; copy to keep it.
         """
         ...
 
-    def finish(self, state: State, codes_BnC: np.ndarray) -> np.ndarray:
+    def finish(self, state: Any, codes_BnC: np.ndarray) -> np.ndarray:
         """Adds the last scale's codes: complete f_hat [B, C, h, h] of the first B rows."""
         ...
 

@@ -1,0 +1,42 @@
+"""What a checkpoint file holds, as one JSON-ready object: kind, inferred configuration, parameters, size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from var_deploy.config import config_to_dict
+from var_deploy.errors import CheckpointError
+
+from .checkpoint import StateDict, kind_of, load_var, load_vqvae
+
+#: State-dict entries that are computed, not trained.
+_BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads and checks a checkpoint file and describes it. Raises CheckpointError."""
+    kinds = kind_of(path)
+    if not kinds:
+        raise CheckpointError(f"{path}: neither a VAR nor a VQVAE state dict, nor a training checkpoint of them")
+    data: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "size": path.stat().st_size}
+    patch_nums = None
+    if "VAR" in kinds:
+        var, state = load_var(path)
+        patch_nums = var.patch_nums
+        data["var"] = {**config_to_dict(var), "parameters": _parameters(state), "dtypes": _dtypes(state)}
+    if "VQVAE" in kinds:
+        vqvae, state = load_vqvae(path, patch_nums)
+        described = {**config_to_dict(vqvae), "parameters": _parameters(state), "dtypes": _dtypes(state)}
+        if patch_nums is None:  # a VQVAE file alone does not say its scales
+            described["patch_nums"] = None
+        data["vqvae"] = described
+    return data
+
+
+def _parameters(state: StateDict) -> int:
+    return sum(tensor.numel() for key, tensor in state.items() if not key.endswith(_BUFFERS))
+
+
+def _dtypes(state: StateDict) -> list[str]:
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})

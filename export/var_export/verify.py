@@ -1,0 +1,164 @@
+"""Parity of a bundle with the reference model, tensor by tensor and scale by scale.
+
+Both run greedily on the same labels; the engine is fed the reference's tokens, so that one differing token does not
+hide what comes after it. Every graph of the bundle is run: symbolic and static scales, finish, decoder, encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from var_train import Generation, generate
+
+import var_deploy
+from var_deploy.bundle import Bundle
+from var_deploy.errors import CheckpointError
+from var_deploy.pipeline import Pipeline
+
+from .checkpoint import load_pair
+
+#: Largest difference of logits and pixels that float32 rounding explains: the two add up in different orders, through
+#: up to 36 blocks. Golden vectors of small models agree to 1e-5.
+TOLERANCE = 1e-3
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleParity:
+    """One scale of one kind of graph."""
+
+    scale: int
+    logit_error: float  #: largest absolute difference over rows, tokens and vocabulary
+    logit_place: tuple[int, ...]  #: row, token, entry of it
+    token_agreement: float  #: share of tokens whose best guided logit is the same entry
+    clear_disagreements: int  #: differing tokens whose best two reference logits lie further apart than rounding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """The whole comparison."""
+
+    tolerance: float
+    labels: list[int]
+    guidance: float
+    scales: dict[str, list[ScaleParity]]  #: by kind of graph: symbolic, static
+    pixel_error: dict[str, float]  #: largest difference of pixels in [0, 1], by kind of graph
+    encoded_token_agreement: float  #: of a test image
+    reconstruction_error: float  #: pixels in [0, 1], through the same tokens
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within the tolerance, and no token differs where it clearly should not."""
+        rows = [row for rows in self.scales.values() for row in rows]
+        errors = [*(row.logit_error for row in rows), *self.pixel_error.values(), self.reconstruction_error]
+        return (
+            all(error <= self.tolerance for error in errors)  # a NaN fails too
+            and not any(row.clear_disagreements for row in rows)
+            and self.encoded_token_agreement >= 0.999
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify_bundle(
+    bundle_path: str | Path,
+    var_path: str | Path,
+    vqvae_path: str | Path,
+    *,
+    labels: list[int] | None = None,
+    guidance: float = 1.5,
+    tolerance: float = TOLERANCE,
+    progress: Progress = lambda _: None,
+) -> Parity:
+    """Compares a bundle with the checkpoints it should come from. Raises CheckpointError, BundleError, EngineError."""
+    bundle = Bundle.open(bundle_path)
+    pair = load_pair(Path(var_path), Path(vqvae_path), using_znorm=bundle.manifest.vqvae.using_znorm)
+    for name, ours, theirs in (("VAR", bundle.manifest.var, pair.var), ("VQVAE", bundle.manifest.vqvae, pair.vqvae)):
+        if ours != theirs:
+            raise CheckpointError(f"the bundle is of another model: its {name} is {ours}, the checkpoint's is {theirs}")
+    if labels is None:
+        labels = [0, pair.var.num_classes - 1]
+    progress("reference")
+    var, vqvae = pair.models()
+    reference = generate(var, vqvae, torch.tensor(labels), guidance=guidance, top_k=1, top_p=0)
+    image_B3RR = _test_image(pair.vqvae.image_size)
+    with torch.no_grad():
+        encoded = [tokens.numpy() for tokens in vqvae.tokens(2 * image_B3RR - 1)]
+        reconstruction = vqvae.reconstruct(2 * image_B3RR - 1).add(1).mul(0.5).numpy()
+
+    scales, pixel_error = {}, {}
+    for graphs in ("static", "symbolic"):
+        progress(f"{graphs} graphs")
+        pipe = var_deploy.load(bundle_path, graphs=graphs, verify_digests=False)
+        scales[graphs], pixel_error[graphs] = _compare(pipe, reference, labels, guidance, tolerance)
+    progress("encoder")
+    agreement = _agreement(encoded, pipe.encode(image_B3RR.numpy()))
+    return Parity(
+        tolerance=tolerance,
+        labels=labels,
+        guidance=guidance,
+        scales=scales,
+        pixel_error=pixel_error,
+        encoded_token_agreement=agreement,
+        reconstruction_error=float(np.abs(pipe.decode(encoded) - reconstruction).max()),
+    )
+
+
+def _compare(
+    pipe: Pipeline, reference: Generation, labels: list[int], guidance: float, tolerance: float
+) -> tuple[list[ScaleParity], float]:
+    """All scales and the final pixels of one kind of graph, fed with the reference's tokens."""
+    config, engine = pipe.bundle.manifest.var, pipe.engine
+    codebook_VC = pipe.bundle.weight("quantize.embedding.weight")
+    copies = 2 if guidance else 1
+    state = engine.begin(np.array(labels + [config.null_class] * len(labels) * (copies - 1)))
+    rows: list[ScaleParity] = []
+    codes_BnC: np.ndarray | None = None
+    for k in range(config.num_scales):
+        codes_RnC = None if codes_BnC is None else np.concatenate([codes_BnC] * copies)
+        logits_RnV = engine.step(state, k, codes_RnC)
+        expected_RnV, t = reference.logits[k].numpy(), guidance * config.ratio(k)
+        error_RnV = np.abs(logits_RnV - expected_RnV)
+        place = np.unravel_index(error_RnV.argmax(), error_RnV.shape)
+        guided, expected = _guided(logits_RnV, t, copies), _guided(expected_RnV, t, copies)
+        differs_Bn = guided.argmax(-1) != expected.argmax(-1)
+        best_two = np.sort(expected, axis=-1)[..., -2:]
+        clear_Bn = best_two[..., 1] - best_two[..., 0] > 2 * (1 + 2 * t) * tolerance
+        rows.append(
+            ScaleParity(
+                scale=k,
+                logit_error=float(error_RnV[place]),
+                logit_place=tuple(int(i) for i in place),
+                token_agreement=1.0 - float(differs_Bn.mean()),
+                clear_disagreements=int((differs_Bn & clear_Bn).sum()),
+            )
+        )
+        codes_BnC = codebook_VC[reference.tokens[k].numpy()]
+    assert codes_BnC is not None
+    pixels = engine.decode(engine.finish(state, codes_BnC))
+    return rows, float(np.abs(pixels - reference.image_B3RR.numpy()).max())
+
+
+def _guided(logits_RnV: np.ndarray, t: float, copies: int) -> np.ndarray:
+    if copies == 1:
+        return logits_RnV
+    conditioned_BnV, null_BnV = np.split(logits_RnV, 2)
+    return (1 + t) * conditioned_BnV - t * null_BnV
+
+
+def _agreement(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
+    return float((np.concatenate(expected, axis=1) == np.concatenate(got, axis=1)).mean())
+
+
+def _test_image(size: int) -> torch.Tensor:
+    """A smooth colour pattern [1, 3, size, size] in [0, 1]."""
+    y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
+    waves = [torch.sin(2 * torch.pi * (x + (c + 1) * y)) for c in range(3)]
+    return (torch.stack(waves)[None] + 1) / 2

@@ -1,0 +1,287 @@
+"""The command line `var-deploy`: thin commands over the library; what they print is laid out in `report`.
+
+Errors that a user can mend are one line on standard error and exit status 1; wrong usage exits with 2.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import EngineError, RequestError, VarDeployError
+
+app = typer.Typer(
+    help="Deploy VAR image models: checkpoint in, bundle out, images from it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory.")]
+VarFile = Annotated[Path, typer.Option("--var", metavar="FILE", help="VAR checkpoint (.pth or .safetensors).")]
+VaeFile = Annotated[Path, typer.Option("--vae", metavar="FILE", help="VQVAE checkpoint (.pth or .safetensors).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+EngineName = Annotated[str, typer.Option(help="Engine: auto or onnx.")]
+Graphs = Annotated[str, typer.Option(help="symbolic: one graph for all scales; static: one per scale.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; default one per core.")]
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into one line and a status."""
+    try:
+        app()
+    except VarDeployError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.callback()
+def _options(verbose: Annotated[bool, typer.Option("--verbose", help="Log what is chosen and why.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def export(
+    var: VarFile,
+    vae: VaeFile,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Bundle directory to make; must not exist.")],
+    classes: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one per line.")] = None,
+    license: Annotated[str, typer.Option(help="Licence of the weights, noted in the bundle.")] = "not stated",
+    znorm: Annotated[bool, typer.Option(help="The VQVAE picks codes by cosine (using_znorm).")] = False,
+) -> None:
+    """Turn a checkpoint pair into a bundle."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    exporter = _needs("var_export.bundle", "export")
+    names = _class_names(classes) if classes else None
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=_stderr()) as bar:
+        task = bar.add_task("reading checkpoints", total=None)
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        exporter.bundle_from_checkpoint(
+            var, vae, out, class_names=names, license_note=license, using_znorm=znorm, progress=on_progress
+        )
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {len(list(out.iterdir()))} files, {size / 1e6:.1f} MB")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Bundle directory or checkpoint file.")],
+    batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes of the memory plan.")] = [1, 8, 64],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show configuration, parameters, sizes and the memory plan of a bundle or checkpoint."""
+    from . import report
+    from .inspection import inspect_bundle
+
+    if path.is_dir():
+        data = inspect_bundle(path, batch)
+    else:
+        data = _needs("var_export.inspection", "export").inspect_checkpoint(path)
+    _output(data, as_json, report.inspection)
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    classes: Annotated[list[str], typer.Option("--class", metavar="CLASS", help="Class id or name; repeat for more.")],
+    out: Annotated[Path, typer.Option(metavar="FILE_OR_DIR", help="Picture (several: a grid), or a directory.")],
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
+    guidance: Annotated[str | None, typer.Option(help="Strength, or one per scale: 0,0.5,1,…")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Then keep probability p; 0 is off.")] = None,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Mix codes instead of drawing one.")] = False,
+    steps_gif: Annotated[Path | None, typer.Option(metavar="FILE", help="Animation from coarse to fine.")] = None,
+    engine: EngineName = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto or cpu.")] = "auto",
+    graphs: Graphs = "symbolic",
+    threads: Threads = None,
+) -> None:
+    """Generate images."""
+    from rich.progress import Progress
+
+    from .images import image_grid, save_animation
+    from .pipeline import Preview, load
+
+    _check_picture(out)
+    pipe = load(bundle, engine=engine, device=device, graphs=graphs, threads=threads)
+    names = pipe.bundle.manifest.class_names or ()
+    labels = [c if c in names or not c.lstrip("-").isdigit() else int(c) for c in classes]
+    frames = []
+    with Progress(console=_stderr(), transient=True) as bar:
+        task = bar.add_task("scales", total=pipe.bundle.manifest.var.num_scales)
+
+        def on_scale(preview: Preview) -> None:
+            if steps_gif is not None:
+                frames.append(image_grid(preview.images))
+            bar.advance(task)
+
+        result = pipe.generate(
+            labels,
+            seeds=seed,
+            guidance=_guidance(guidance),
+            top_k=top_k,
+            top_p=top_p,
+            smooth=smooth,
+            on_scale=on_scale,
+        )
+    if out.suffix:
+        picture = result.images[0] if len(result.images) == 1 else image_grid(result.images)
+        with _replacing(out) as partial:
+            picture.save(partial)
+        print(out)
+    else:
+        for index, (image, label) in enumerate(zip(result.images, classes, strict=True)):
+            name = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)
+            path = out / f"{index:03d}_{name}_seed{seed + index}.png"
+            with _replacing(path) as partial:
+                image.save(partial)
+            print(path)
+    if steps_gif is not None:
+        with _replacing(steps_gif) as partial:
+            save_animation(frames, partial)
+        print(steps_gif)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    var: VarFile,
+    vae: VaeFile,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", help="Class ids to run; default first and last.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0)] = 1.5,
+    tolerance: Annotated[float | None, typer.Option(help="Largest logit and pixel error that passes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a bundle with the reference model; exit status 1 beyond the tolerance."""
+    from . import report
+
+    verifier = _needs("var_export.verify", "export")
+    with _stderr().status("verifying") as status:
+        parity = verifier.verify_bundle(
+            bundle,
+            var,
+            vae,
+            labels=classes or None,
+            guidance=guidance,
+            tolerance=verifier.TOLERANCE if tolerance is None else tolerance,
+            progress=lambda what: status.update(f"verifying: {what}"),
+        )
+    _output(parity.to_dict(), as_json, report.parity)
+    if not parity.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    batch: Annotated[list[int], typer.Option(min=1, help="Batch size; repeat for more.")] = [1],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    warmup: Annotated[int, typer.Option(min=1)] = 1,
+    guidance: Annotated[float | None, typer.Option(min=0)] = None,
+    reference: Annotated[bool, typer.Option(help="Time eager PyTorch in the same run, where installed.")] = True,
+    engine: EngineName = "auto",
+    graphs: Graphs = "symbolic",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time whole images: medians with spread, stages, memory, and the reference in the same run."""
+    from . import bench as timing
+    from . import report
+    from .pipeline import load
+
+    pipe = load(bundle, engine=engine, graphs=graphs, threads=threads)
+    with _stderr().status("timing") as status:
+        rows = timing.bench(
+            pipe,
+            batches=batch,
+            repeats=repeats,
+            warmup=warmup,
+            guidance=guidance,
+            reference=reference,
+            threads=threads,
+            progress=status.update,
+        )
+    _output(timing.bench_record(pipe, rows), as_json, report.bench)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _output(data: dict[str, Any], as_json: bool, layout: Any) -> None:
+    """Prints data as JSON, or laid out for people."""
+    if as_json:
+        print(json.dumps(data, ensure_ascii=False))
+    else:
+        layout(data)
+
+
+def _needs(module: str, extra: str) -> Any:
+    """Imports what a command needs, or says which extra to install."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise EngineError(f"this command needs {error.name}; pip install 'var-deploy[{extra}]'") from error
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        names = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot read class names ({error})") from error
+    return [name.strip() for name in names if name.strip()]
+
+
+def _guidance(text: str | None) -> float | list[float] | None:
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"guidance: got {text!r}, expected a number or one per scale, like 0,0.5,1") from None
+    return values if len(values) > 1 else values[0]
+
+
+def _check_picture(out: Path) -> None:
+    """Refuses an unknown picture format before an image is computed."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if out.suffix and out.suffix.lower() not in known:
+        raise RequestError(f"{out}: unknown picture format {out.suffix!r}; use .png or .jpg, or a directory name")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A partial file beside `path` that takes its place when the block succeeds."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot write ({error.strerror or error}); choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
