@@ -1,0 +1,50 @@
+# make demo   trained checkpoints → bundle → parity → picture → timing
+# make test   lint, types, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CHECKPOINTS := --var train/checkpoints/digits_var.safetensors --vae train/checkpoints/digits_vqvae.safetensors
+
+.PHONY: demo test test-full lint digits bench-cpu clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	rm -rf out/digits
+	$(BIN)/var-deploy export $(CHECKPOINTS) --classes train/checkpoints/digits_classes.txt --license MIT --out out/digits
+	$(BIN)/var-deploy verify out/digits $(CHECKPOINTS)
+	$(BIN)/python docs/demo.py out/digits out/digits.png
+	$(BIN)/var-deploy bench out/digits --batch 1 --batch 8
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu and not full_size"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Published sizes with random weights: d16 and d30 exports, parity and memory. 20 GB of disk, 24 GB of memory.
+test-full: $(READY)
+	$(BIN)/python -m pytest -m full_size
+
+# Trains the two checkpoints under train/checkpoints again and measures them.
+digits: $(READY)
+	$(BIN)/python -m var_train.digits train --out out/digits_checkpoints
+	$(BIN)/python -m var_train.digits quality --var out/digits_checkpoints/digits_var.safetensors \
+		--vae out/digits_checkpoints/digits_vqvae.safetensors
+
+# The d16 row of docs/results/cpu.md, with random weights.
+bench-cpu: $(READY)
+	rm -rf out/d16
+	$(BIN)/python -m var_train.presets d16 --out out/d16
+	$(BIN)/var-deploy export --var out/d16/var_d16.pth --vae out/d16/vae_d16.pth --out out/d16/bundle
+	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --repeats 5
+	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --repeats 5 --graphs static --no-reference
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
