@@ -1,12 +1,13 @@
 """The demo's picture: every class of a bundle several times, and below, one row of it from coarse to fine.
 
-    python docs/demo.py BUNDLE PICTURE
+python docs/demo.py BUNDLE PICTURE
 """
 
 import sys
 
-import var_deploy
 from PIL import Image
+
+import var_deploy
 from var_deploy.images import image_grid
 
 ROWS = 6
@@ -28,4 +29,6 @@ page.paste(samples, (0, 0))
 page.paste(coarse_to_fine, (0, samples.height + GAP))
 page = page.resize((page.width * ENLARGE, page.height * ENLARGE), Image.Resampling.NEAREST)
 page.save(picture)
-print(f"{picture}: {len(images)} samples of {len(classes)} classes, and the {len(steps) // len(classes)} steps of a row")
+print(
+    f"{picture}: {len(images)} samples of {len(classes)} classes, and the {len(steps) // len(classes)} steps of a row"
+)

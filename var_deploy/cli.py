@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; d
 
 def main() -> None:
     """Entry point: runs the command and turns errors into one line and a status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays behind
     try:
         app()
     except VarDeployError as error:
@@ -114,7 +116,8 @@ def generate(
     from .images import image_grid, save_animation
     from .pipeline import Preview, load
 
-    _check_picture(out)
+    for target in (out, steps_gif):
+        _check_picture(target)
     pipe = load(bundle, engine=engine, device=device, graphs=graphs, threads=threads)
     names = pipe.bundle.manifest.class_names or ()
     labels = [c if c in names or not c.lstrip("-").isdigit() else int(c) for c in classes]
@@ -136,7 +139,7 @@ def generate(
             smooth=smooth,
             on_scale=on_scale,
         )
-    if out.suffix:
+    if out.suffix and not out.is_dir():
         picture = result.images[0] if len(result.images) == 1 else image_grid(result.images)
         with _replacing(out) as partial:
             picture.save(partial)
@@ -260,12 +263,13 @@ def _guidance(text: str | None) -> float | list[float] | None:
     return values if len(values) > 1 else values[0]
 
 
-def _check_picture(out: Path) -> None:
+def _check_picture(out: Path | None) -> None:
     """Refuses an unknown picture format before an image is computed."""
     from PIL import Image
 
-    known = Image.registered_extensions()
-    if out.suffix and out.suffix.lower() not in known:
+    if out is None or not out.suffix or out.is_dir():
+        return
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise RequestError(f"{out}: unknown picture format {out.suffix!r}; use .png or .jpg, or a directory name")
 
 

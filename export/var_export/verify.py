@@ -17,7 +17,7 @@ from var_train import Generation, generate
 
 import var_deploy
 from var_deploy.bundle import Bundle
-from var_deploy.errors import CheckpointError
+from var_deploy.errors import CheckpointError, RequestError
 from var_deploy.pipeline import Pipeline
 
 from .checkpoint import load_pair
@@ -77,7 +77,7 @@ def verify_bundle(
     tolerance: float = TOLERANCE,
     progress: Progress = lambda _: None,
 ) -> Parity:
-    """Compares a bundle with the checkpoints it should come from. Raises CheckpointError, BundleError, EngineError."""
+    """Compares a bundle with the checkpoints it should come from. Raises a VarDeployError for bad input."""
     bundle = Bundle.open(bundle_path)
     pair = load_pair(Path(var_path), Path(vqvae_path), using_znorm=bundle.manifest.vqvae.using_znorm)
     for name, ours, theirs in (("VAR", bundle.manifest.var, pair.var), ("VQVAE", bundle.manifest.vqvae, pair.vqvae)):
@@ -85,6 +85,8 @@ def verify_bundle(
             raise CheckpointError(f"the bundle is of another model: its {name} is {ours}, the checkpoint's is {theirs}")
     if labels is None:
         labels = [0, pair.var.num_classes - 1]
+    if not all(0 <= label < pair.var.num_classes for label in labels):
+        raise RequestError(f"labels: got {labels}, expected class ids from 0 to {pair.var.num_classes - 1}")
     progress("reference")
     var, vqvae = pair.models()
     reference = generate(var, vqvae, torch.tensor(labels), guidance=guidance, top_k=1, top_p=0)

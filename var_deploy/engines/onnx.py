@@ -8,6 +8,8 @@ slower products).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +61,8 @@ class OnnxEngine:
     def begin(self, labels_R: np.ndarray) -> OnnxState:
         config, R = self._bundle.manifest.var, len(labels_R)
         names = [spec.name for spec in self._bundle.manifest.graphs["condition"].outputs]
-        values = self._condition.run_with_ort_values(names, {"labels": _ort_value(labels_R.astype(np.int64))})
+        with _named_errors("condition"):
+            values = self._condition.run_with_ort_values(names, {"labels": _ort_value(labels_R.astype(np.int64))})
         cache_shape = (R, config.num_heads, config.num_tokens, 64)
         caches = {
             name: ort.OrtValue.ortvalue_from_shape_and_type(cache_shape, np.float32)
@@ -91,14 +94,16 @@ class OnnxEngine:
             binding.bind_ortvalue_input(tensor.name, values[tensor.name])
         for tensor in spec.outputs:
             binding.bind_ortvalue_output(tensor.name, values[tensor.name])
-        self._scales[k].run_with_iobinding(binding)
+        with _named_errors(f"scale {k}, {R} rows"):
+            self._scales[k].run_with_iobinding(binding)
         if any(tensor.name == "f_hat.out" for tensor in spec.outputs):
             state.turn = 1 - state.turn
         return logits_RnV
 
     def finish(self, state: OnnxState, codes_BnC: np.ndarray) -> np.ndarray:
         f_hat_BChh = state.f_hat_RChh[: len(codes_BnC)]
-        return self._finish.run(None, {"codes": codes_BnC, "f_hat": f_hat_BChh})[0]
+        with _named_errors("finish"):
+            return self._finish.run(None, {"codes": codes_BnC, "f_hat": f_hat_BChh})[0]
 
     def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
         return _one_by_one(self._decoder, "f_hat", f_hat_BChh)
@@ -115,11 +120,18 @@ class OnnxEngine:
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = self._bundle.file(self._bundle.manifest.graphs[name].file)
-        try:
+        with _named_errors(f"loading {path}"):
             return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exception types share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
+
+
+@contextmanager
+def _named_errors(what: str) -> Iterator[None]:
+    """Turns what ONNX Runtime raises, which has no public base class, into an EngineError that says where."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"{what}: ONNX Runtime {ort.__version__} failed: {reason}") from error
 
 
 def _ort_value(array: np.ndarray) -> Any:
@@ -129,4 +141,5 @@ def _ort_value(array: np.ndarray) -> Any:
 
 def _one_by_one(session: ort.InferenceSession, name: str, batch: np.ndarray) -> np.ndarray:
     """Runs a convolutional graph image by image: on a CPU a batch is no faster, and activations are the memory peak."""
-    return np.concatenate([session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))])
+    with _named_errors(f"{name}, one image"):
+        return np.concatenate([session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))])
