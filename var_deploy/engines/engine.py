@@ -1,0 +1,49 @@
+"""What an engine is: three calls on a state it hands out (begin, step, finish), plus decode and encode.
+
+Axes: R rows (B, or 2B under guidance), B images, n_k tokens of scale k, C code width, V codebook entries, h side of the
+feature map.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class State(Protocol):
+    """One generation in flight: the engine's caches and f_hat. States are independent of each other."""
+
+    @property
+    def f_hat_RChh(self) -> np.ndarray:
+        """f_hat of the scales before the one stepped last; valid until the next step, copy to keep it."""
+        ...
+
+
+class Engine(Protocol):
+    """The decode loop's view of a backend. A `state` comes from `begin` of the same engine; arrays are float32."""
+
+    name: str
+
+    def begin(self, labels_R: np.ndarray) -> State:
+        """Computes everything that depends on the classes alone (labels int64 [R])."""
+        ...
+
+    def step(self, state: Any, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
+        """Scale k given the codes of scale k − 1 (None for k = 0): raw logits [R, n_k, V].
+
+        The array belongs to the state and is valid until the next step; copy to keep it.
+        """
+        ...
+
+    def finish(self, state: Any, codes_BnC: np.ndarray) -> np.ndarray:
+        """Adds the last scale's codes: complete f_hat [B, C, h, h] of the first B rows."""
+        ...
+
+    def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
+        """Pixels [B, 3, R, R] in [0, 1]."""
+        ...
+
+    def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
+        """Feature map [B, C, h, h], not yet quantised."""
+        ...
