@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import VARConfig, VQVAEConfig, config_from_dict, config_to_dict
+from .config import VARConfig, VQVAEConfig, config_from_dict, config_to_dict, require
 from .errors import BundleError, VarDeployError
 from .signature import GraphSpec, TensorSpec, graph_specs
 
@@ -34,6 +36,14 @@ class SamplingDefaults:
     top_k: int = 900
     top_p: float = 0.96
 
+    def __post_init__(self) -> None:
+        for field in ("guidance", "top_p"):
+            value = getattr(self, field)
+            most = 1 if field == "top_p" else sys.float_info.max
+            ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+            require(ok, field, value, f"a number from 0 to {most:g}")
+        require(type(self.top_k) is int and self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileSeal:
@@ -41,6 +51,11 @@ class FileSeal:
 
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        require(type(self.size) is int and self.size >= 0, "size", self.size, "a number of bytes")
+        ok = isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
+        require(ok, "sha256", self.sha256, "64 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +93,7 @@ class Manifest:
         """Parses and checks. Raises BundleError."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where}: not valid JSON ({error}); export the bundle again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f'{where}: not a bundle manifest: expected "format": {FORMAT!r}')
@@ -93,7 +108,7 @@ class Manifest:
                 precision=data["precision"],
                 graphs={name: _graph_spec(graph) for name, graph in data["graphs"].items()},
                 sampling=SamplingDefaults(**data["sampling"]),
-                class_names=None if data["class_names"] is None else tuple(map(str, data["class_names"])),
+                class_names=None if data["class_names"] is None else tuple(data["class_names"]),
                 license=data["license"],
                 source=data["source"],
                 files={name: FileSeal(**seal) for name, seal in data["files"].items()},
@@ -106,10 +121,19 @@ class Manifest:
         return manifest
 
     def _check(self, where: Path) -> None:
+        if not isinstance(self.license, str) or not isinstance(self.source, dict):
+            raise BundleError(f"{where}: license must be a text and source an object; export the bundle again")
+        for field in ("patch_nums", "vocab_size", "z_channels"):
+            ours, theirs = getattr(self.var, field), getattr(self.vqvae, field)
+            if ours != theirs:
+                raise BundleError(f"{where}: {field} is {ours} for the VAR, {theirs} for the VQVAE; export it again")
         for name in self.files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
                 raise BundleError(f"{where}: file name {name!r} leaves the bundle; expected a plain relative path")
+        inputs = sum(len(spec.inputs) for spec in self.graphs.values())
+        if self.var.depth > inputs:  # said before a signature of that many caches is built
+            raise BundleError(f"{where}: depth {self.var.depth}, but the graphs have {inputs} inputs; export it again")
         expected = graph_specs(self.var, self.vqvae)
         if dict(self.graphs) != expected:
             wrong = sorted(n for n in expected.keys() | self.graphs.keys() if self.graphs.get(n) != expected.get(n))
@@ -119,8 +143,11 @@ class Manifest:
             raise BundleError(f"{where}: lists no {', '.join(missing)}; export the bundle again")
         if self.precision != "fp32":
             raise BundleError(f"{where}: precision {self.precision!r} is unknown, known: fp32; update var-deploy")
-        if self.class_names is not None and len(self.class_names) != self.var.num_classes:
-            raise BundleError(f"{where}: {len(self.class_names)} class names for {self.var.num_classes} classes")
+        if self.class_names is not None:
+            if len(self.class_names) != self.var.num_classes:
+                raise BundleError(f"{where}: {len(self.class_names)} class names for {self.var.num_classes} classes")
+            if not all(isinstance(name, str) for name in self.class_names):
+                raise BundleError(f"{where}: class names must be texts; export the bundle again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +168,11 @@ class Bundle:
         manifest_path = path / MANIFEST
         if not path.is_dir() or not manifest_path.is_file():
             raise BundleError(f"{path}: no bundle here: expected a directory with {MANIFEST}; make one with export")
-        bundle = cls(path, Manifest.from_json(manifest_path.read_text(encoding="utf-8"), manifest_path))
+        try:
+            text = manifest_path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{manifest_path}: cannot read it ({error}); copy or export the bundle again") from error
+        bundle = cls(path, Manifest.from_json(text, manifest_path))
         bundle._check_files(verify_digests)
         return bundle
 
@@ -162,14 +193,17 @@ class Bundle:
         root = self.path.resolve()
         for name, seal in self.manifest.files.items():
             file = self.file(name)
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif not file.resolve().is_relative_to(root):
-                problems.append(f"{name} is a link that leaves the bundle")
-            elif (size := file.stat().st_size) != seal.size:
-                problems.append(f"{name} has {size} bytes, expected {seal.size}")
-            elif verify_digests and (digest := sha256_of(file)) != seal.sha256:
-                problems.append(f"{name} has sha256 {digest[:12]}…, expected {seal.sha256[:12]}…")
+            try:
+                if not file.is_file():
+                    problems.append(f"{name} is missing")
+                elif not file.resolve().is_relative_to(root):
+                    problems.append(f"{name} is a link that leaves the bundle")
+                elif (size := file.stat().st_size) != seal.size:
+                    problems.append(f"{name} has {size} bytes, expected {seal.size}")
+                elif verify_digests and (digest := sha256_of(file)) != seal.sha256:
+                    problems.append(f"{name} has sha256 {digest[:12]}…, expected {seal.sha256[:12]}…")
+            except OSError as error:
+                problems.append(f"{name} cannot be read ({error.strerror})")
         if problems:
             raise BundleError(f"{self.path}: changed since export: {'; '.join(problems)}; copy or export it again")
 

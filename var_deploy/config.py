@@ -27,7 +27,8 @@ class ConfigError(VarDeployError):
     """A configuration value is impossible; the message names the field."""
 
 
-def _require(condition: bool, field: str, got: object, expected: str) -> None:
+def require(condition: bool, field: str, got: object, expected: str) -> None:
+    """Raises ConfigError naming the field unless the condition holds."""
     if not condition:
         raise ConfigError(f"{field}: got {got!r}, expected {expected}")
 
@@ -45,8 +46,8 @@ class ScalesConfig:
     def __post_init__(self) -> None:
         p = self.patch_nums
         ok = isinstance(p, tuple) and len(p) >= 2 and all(_is_int(n) and n > 0 for n in p)
-        _require(ok, "patch_nums", p, "a tuple of at least two positive integers")
-        _require(all(a < b for a, b in pairwise(p)), "patch_nums", p, "strictly growing sides")
+        require(ok, "patch_nums", p, "a tuple of at least two positive integers")
+        require(all(a < b for a, b in pairwise(p)), "patch_nums", p, "strictly growing sides")
 
     @property
     def num_scales(self) -> int:
@@ -98,18 +99,19 @@ class VQVAEConfig(ScalesConfig):
         ScalesConfig.__post_init__(self)
         for field in ("vocab_size", "z_channels", "ch", "num_res_blocks", "num_phi"):
             value = getattr(self, field)
-            _require(_is_int(value) and value > 0, field, value, "a positive integer")
-        _require(self.ch % GROUPS == 0, "ch", self.ch, f"a multiple of {GROUPS}, the GroupNorm groups")
+            require(_is_int(value) and value > 0, field, value, "a positive integer")
+        require(self.ch % GROUPS == 0, "ch", self.ch, f"a multiple of {GROUPS}, the GroupNorm groups")
         ok = isinstance(self.ch_mult, tuple) and self.ch_mult and all(_is_int(m) and m > 0 for m in self.ch_mult)
-        _require(bool(ok), "ch_mult", self.ch_mult, "a tuple of positive integers")
-        _require(
+        require(bool(ok), "ch_mult", self.ch_mult, "a tuple of positive integers")
+        require(
             self.phi_layout in ("partial", "single", "per_scale"),
             "phi_layout",
             self.phi_layout,
             "'partial', 'single' or 'per_scale'",
         )
+        require(isinstance(self.using_znorm, bool), "using_znorm", self.using_znorm, "true or false")
         if self.phi_layout == "single":
-            _require(self.num_phi == 1, "num_phi", self.num_phi, "1 with phi_layout 'single'")
+            require(self.num_phi == 1, "num_phi", self.num_phi, "1 with phi_layout 'single'")
 
     @property
     def downsampling(self) -> int:
@@ -153,10 +155,10 @@ class VARConfig(ScalesConfig):
         ScalesConfig.__post_init__(self)
         for field in ("vocab_size", "z_channels", "num_classes", "depth", "embed_dim", "ffn_dim"):
             value = getattr(self, field)
-            _require(_is_int(value) and value > 0, field, value, "a positive integer")
+            require(_is_int(value) and value > 0, field, value, "a positive integer")
         for field in ("shared_aln", "attn_l2_norm"):
-            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
-        _require(
+            require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
+        require(
             self.embed_dim % HEAD_DIM == 0,
             "embed_dim",
             self.embed_dim,

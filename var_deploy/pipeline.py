@@ -9,7 +9,6 @@ width, V codebook entries, h side of the feature map.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import sampling
+from . import request, sampling
 from .bundle import Bundle
 from .engines import Engine, engine_for
-from .errors import RequestError
 from .images import images_from_pixels, pixels_from_images
 from .quantizer import Quantizer
-
-MAX_SEED = 2**64 - 1
 
 
 def load(
@@ -105,9 +101,9 @@ class Pipeline:
         0 runs half the rows. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes
         instead of taking the drawn one. on_scale: called after every scale. Raises RequestError.
         """
-        labels_B = self._label_ids(labels)
-        seed_list = _seed_list(seeds, len(labels_B))
-        settings = self._settings(guidance, top_k, top_p, smooth)
+        labels_B = request.label_ids(labels, self.bundle.manifest)
+        seed_list = request.seed_list(seeds, len(labels_B))
+        settings = request.settings(self.bundle.manifest, guidance, top_k, top_p, smooth)
         config, codebook_VC, B = self.bundle.manifest.var, self._quantizer.codebook_VC, len(labels_B)
         rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided else labels_B
         timings: dict[str, float] = {}
@@ -150,78 +146,12 @@ class Pipeline:
 
     def decode(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """Pixels [B, 3, R, R] in [0, 1] of a token pyramid (all scales, or the first few)."""
-        return self.engine.decode(self._quantizer.features_from_tokens(self._checked_tokens(tokens)))
+        checked = request.token_pyramid(tokens, self.bundle.manifest.vqvae)
+        return self.engine.decode(self._quantizer.features_from_tokens(checked))
 
     def reconstruct(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
         """Images through encoder, all scales of the quantiser and decoder: pixels [B, 3, R, R] in [0, 1]."""
         return self.decode(self.encode(images))
-
-    def _label_ids(self, labels: int | str | Sequence[int | str]) -> np.ndarray:
-        names, count = self.bundle.manifest.class_names, self.bundle.manifest.var.num_classes
-        entries = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
-        if not entries:
-            raise RequestError("labels: got none, expected at least one class")
-        ids = []
-        for entry in entries:
-            if isinstance(entry, str):
-                if names is None or entry not in names:
-                    known = ", ".join(names[:10]) + (", …" if count > 10 else "") if names else "ids only"
-                    raise RequestError(f"class {entry!r} is unknown; this bundle knows {known} (ids 0 to {count - 1})")
-                entry = names.index(entry)
-            if not isinstance(entry, int | np.integer) or isinstance(entry, bool) or not 0 <= entry < count:
-                raise RequestError(f"class {entry!r} is out of range; expected an id from 0 to {count - 1}")
-            ids.append(int(entry))
-        return np.array(ids, dtype=np.int64)
-
-    def _settings(
-        self, guidance: float | Sequence[float] | None, top_k: int | None, top_p: float | None, smooth: bool
-    ) -> sampling.Settings:
-        defaults, config = self.bundle.manifest.sampling, self.bundle.manifest.var
-        guidance = defaults.guidance if guidance is None else guidance
-        top_k = defaults.top_k if top_k is None else top_k
-        top_p = defaults.top_p if top_p is None else top_p
-        if isinstance(guidance, Sequence | np.ndarray):
-            strengths = tuple(float(t) for t in guidance)
-            if len(strengths) != config.num_scales:
-                raise RequestError(f"guidance: {len(strengths)} values, expected one per scale ({config.num_scales})")
-        else:
-            strengths = tuple(float(guidance) * config.ratio(k) for k in range(config.num_scales))
-        if not all(math.isfinite(t) and t >= 0 for t in strengths):
-            raise RequestError(f"guidance: got {guidance}, expected finite values of at least 0")
-        if not isinstance(top_k, int | np.integer) or isinstance(top_k, bool) or top_k < 0:
-            raise RequestError(f"top_k: got {top_k!r}, expected an integer of at least 0 (0 is off)")
-        if not 0 <= top_p <= 1:
-            raise RequestError(f"top_p: got {top_p!r}, expected a number from 0 to 1 (0 is off)")
-        return sampling.Settings(strengths=strengths, top_k=int(top_k), top_p=float(top_p), smooth=smooth)
-
-    def _checked_tokens(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-        config = self.bundle.manifest.vqvae
-        if not 1 <= len(tokens) <= config.num_scales:
-            raise RequestError(f"tokens: {len(tokens)} scales, expected 1 to {config.num_scales}")
-        for k, tokens_Bn in enumerate(tokens):
-            expected = (len(tokens[0]), config.tokens_per_scale[k])
-            if tokens_Bn.shape != expected:
-                raise RequestError(f"tokens: scale {k} has shape {tokens_Bn.shape}, expected {expected}")
-            if not np.issubdtype(tokens_Bn.dtype, np.integer):
-                raise RequestError(f"tokens: scale {k} is {tokens_Bn.dtype}, expected integers")
-            if tokens_Bn.min() < 0 or tokens_Bn.max() >= config.vocab_size:
-                raise RequestError(f"tokens: scale {k} leaves the codebook's 0 to {config.vocab_size - 1}")
-        return list(tokens)
-
-
-def _seed_list(seeds: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seeds, int | np.integer) and not isinstance(seeds, bool):
-        listed = [int(seeds) + i for i in range(count)]
-    elif isinstance(seeds, Sequence | np.ndarray):
-        listed = list(seeds)
-    else:
-        raise RequestError(f"seeds: got {seeds!r}, expected one integer or one per image")
-    if len(listed) != count:
-        raise RequestError(f"seeds: {len(listed)} for {count} images; give one integer, or one per image")
-    for seed in listed:
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-            raise RequestError(f"seeds: got {seed!r}, expected integers from 0 to 2⁶⁴ − 1")
-    return [int(seed) for seed in listed]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .config import VQVAEConfig
+from .errors import BundleError
 from .interpolation import area_matrix, bicubic_matrix
 
 
@@ -19,9 +20,9 @@ class Quantizer:
     def __init__(self, bundle: Bundle) -> None:
         self.config: VQVAEConfig = bundle.manifest.vqvae
         C, P = self.config.z_channels, self.config.num_phi
-        self.codebook_VC = bundle.weight("quantize.embedding.weight")
-        self._phi_weight_PCC33 = bundle.weight("quantize.phi.weight").reshape(P, C, C, 3, 3)
-        self._phi_bias_PC = bundle.weight("quantize.phi.bias").reshape(P, C)
+        self.codebook_VC = _weight(bundle, "quantize.embedding.weight", self.config.vocab_size, C)
+        self._phi_weight_PCC33 = _weight(bundle, "quantize.phi.weight", P * C, C, 3, 3).reshape(P, C, C, 3, 3)
+        self._phi_bias_PC = _weight(bundle, "quantize.phi.bias", P * C).reshape(P, C)
 
     def features_from_tokens(self, tokens: list[np.ndarray]) -> np.ndarray:
         """f_hat [B, C, h, h] of the given scales (all, or the first few), each int64 [B, n_k]."""
@@ -62,6 +63,13 @@ class Quantizer:
             squares_NV = np.square(z_NC).sum(axis=1, keepdims=True) + np.square(e_VC).sum(axis=1)
             index_N = (squares_NV - 2.0 * (z_NC @ e_VC.T)).argmin(axis=1)
         return index_N.reshape(len(z_BChw), -1)
+
+
+def _weight(bundle: Bundle, name: str, *shape: int) -> np.ndarray:
+    value = bundle.weight(name)
+    if value.shape != shape:
+        raise BundleError(f"{bundle.path}: {name} has shape {value.shape}, expected {shape}; export the bundle again")
+    return value
 
 
 def _unit(x_NC: np.ndarray) -> np.ndarray:

@@ -47,8 +47,7 @@ def draw_scale(
         logits_nV = logits_RnV[image]
         if settings.guided:
             logits_nV = (1 + t) * logits_nV - t * logits_RnV[B + image]
-        largest_n1 = logits_nV.max(axis=-1, keepdims=True)
-        if not np.isfinite(largest_n1).all() or np.isnan(logits_nV).any():
+        if not np.isfinite(logits_nV).all():
             raise EngineError(f"scale {k}: logits of image {image} hold NaN or infinity; check the bundle with verify")
         kept_nV = logits_nV >= kept_threshold(logits_nV, settings.top_k, settings.top_p)
         tokens_Bn[image] = invert_cdf(logits_nV, kept_nV, philox.uniforms(seed, begin, begin + n))

@@ -130,10 +130,14 @@ def kind_of(path: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a directory, expected a file")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
         head = file.read(9)
+    if not head:
+        raise CheckpointError(f"{path}: empty file; copy the checkpoint again")
     try:
         if head[8:9] == b"{" and head[:4] != b"PK\x03\x04":
             return load_file(path)
@@ -176,7 +180,10 @@ def infer_var_config(state: StateDict, path: Path) -> VARConfig:
             raise CheckpointError(f"{path}: {key} has shape {tuple(state[key].shape)}, expected {dims} axes")
         return state[key]
 
-    counts = torch.bincount(need("lvl_1L", 2)[0].long().clamp_min(0)).tolist()
+    lvl_1L = need("lvl_1L", 2).long()
+    if not lvl_1L.numel() or lvl_1L.min() < 0 or lvl_1L.max() >= lvl_1L.shape[1]:
+        raise CheckpointError(f"{path}: lvl_1L does not hold the scale index of each token; the file is damaged")
+    counts = torch.bincount(lvl_1L[0]).tolist()
     patch_nums = tuple(math.isqrt(n) for n in counts)
     if [pn * pn for pn in patch_nums] != counts:
         raise CheckpointError(f"{path}: lvl_1L counts {counts} tokens per scale, expected square numbers")
