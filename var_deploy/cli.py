@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,7 @@ def export(
     exporter = _needs("var_export.bundle", "export")
     names = _class_names(classes) if classes else None
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=_stderr()) as bar:
+    with Progress(*columns, console=_stderr(), transient=True) as bar:
         task = bar.add_task("reading checkpoints", total=None)
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -90,7 +91,7 @@ def inspect(
     if path.is_dir():
         data = inspect_bundle(path, batch)
     else:
-        data = _needs("var_export.inspection", "export").inspect_checkpoint(path)
+        data = _needs("var_export.inspection", "export").inspect_checkpoint(path, batch)
     _output(data, as_json, report.inspection)
 
 
@@ -116,11 +117,12 @@ def generate(
     from .images import image_grid, save_animation
     from .pipeline import Preview, load
 
-    for target in (out, steps_gif):
-        _check_picture(target)
+    _check_picture(out)
+    if steps_gif is not None and steps_gif.suffix.lower() != ".gif":
+        raise RequestError(f"{steps_gif}: an animation is written as GIF; give a name that ends in .gif")
     pipe = load(bundle, engine=engine, device=device, graphs=graphs, threads=threads)
     names = pipe.bundle.manifest.class_names or ()
-    labels = [c if c in names or not c.lstrip("-").isdigit() else int(c) for c in classes]
+    labels = [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
     frames = []
     with Progress(console=_stderr(), transient=True) as bar:
         task = bar.add_task("scales", total=pipe.bundle.manifest.var.num_scales)
@@ -263,11 +265,11 @@ def _guidance(text: str | None) -> float | list[float] | None:
     return values if len(values) > 1 else values[0]
 
 
-def _check_picture(out: Path | None) -> None:
+def _check_picture(out: Path) -> None:
     """Refuses an unknown picture format before an image is computed."""
     from PIL import Image
 
-    if out is None or not out.suffix or out.is_dir():
+    if not out.suffix or out.is_dir():
         return
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise RequestError(f"{out}: unknown picture format {out.suffix!r}; use .png or .jpg, or a directory name")
@@ -284,7 +286,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RequestError(f"{path}: cannot write ({error.strerror or error}); choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have existed
+            partial.unlink()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def images_from_pixels(pixels_B3RR: np.ndarray) -> list[Image.Image]:
 
 def pixels_from_images(images: Sequence[Image.Image] | np.ndarray, size: int) -> np.ndarray:
     """float32 [B, 3, size, size] in [0, 1]: pictures scaled and centre-cropped to a square, arrays checked."""
-    if not isinstance(images, Sequence):  # an array of any library
+    if not isinstance(images, Sequence | Image.Image):  # an array of any library
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[1:] != (3, size, size) or not len(images):
             raise RequestError(f"images: array of shape {images.shape}, expected (B, 3, {size}, {size}) with B ≥ 1")
@@ -29,7 +29,7 @@ def pixels_from_images(images: Sequence[Image.Image] | np.ndarray, size: int) ->
         if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
             raise RequestError("images: array values outside [0, 1]; scale 8-bit values by 1/255")
         return images.astype(np.float32)
-    if not all(isinstance(image, Image.Image) for image in images):
+    if isinstance(images, Image.Image) or not all(isinstance(image, Image.Image) for image in images):
         raise RequestError("images: expected a list of PIL images or one array")
     if not images:
         raise RequestError("images: got none, expected at least one")

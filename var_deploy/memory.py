@@ -30,18 +30,21 @@ class MemoryPlan:
         return self.weights + self.caches + self.logits + self.activations
 
 
-def memory_plan(var: VARConfig, vqvae: VQVAEConfig, weights: int, batch: int, *, guided: bool = True) -> MemoryPlan:
-    """Plan for a batch; `weights` is the size of the weights that are loaded."""
+def memory_plan(
+    var: VARConfig, vqvae: VQVAEConfig | None, weights: int, batch: int, *, guided: bool = True
+) -> MemoryPlan:
+    """Plan for a batch; `weights` is the size of the weights that are loaded. Without a VQVAE: the transformer alone."""
     rows = 2 * batch if guided else batch
     n, L, D = var.tokens_per_scale[-1], var.num_tokens, var.embed_dim
     # Live at once in the widest place: residual, normed input and qkv, or residual and both sides of the GELU; and the
     # scores of one block's attention.
     tokens = rows * n * (D + max(4 * D, 2 * var.ffn_dim))
     scores = rows * var.num_heads * n * L
-    deepest = len(vqvae.ch_mult) - 1
-    sides = [vqvae.latent_size * 2 ** (deepest - level) for level in range(deepest + 1)]
-    # The decoder runs image by image: shortcut, normed map, its sigmoid and the convolution's result.
-    decoder = max(4 * vqvae.ch * mult * side**2 for mult, side in zip(vqvae.ch_mult, sides, strict=True))
+    decoder = 0
+    if vqvae is not None:
+        sides = [vqvae.image_size // 2**level for level in range(len(vqvae.ch_mult))]
+        # The decoder runs image by image: shortcut, normed map, its sigmoid and the convolution's result.
+        decoder = max(4 * vqvae.ch * mult * side**2 for mult, side in zip(vqvae.ch_mult, sides, strict=True))
     return MemoryPlan(
         batch=batch,
         rows=rows,

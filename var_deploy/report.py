@@ -18,18 +18,22 @@ def inspection(data: dict[str, Any]) -> None:
             _key_values(console, name, data[name])
     if data["kind"] == "checkpoint":
         console.print(f"file {_mega(data['size'])} MB")
-        return
+    else:
+        _bundle_parts(console, data)
+    if "memory" in data:
+        columns = ("batch", "rows", "weights", "caches", "logits", "activations (estimate)", "total")
+        table = Table(*columns, title="memory while generating (MB)")
+        for plan in data["memory"]:
+            sizes = (plan[part] for part in ("weights", "caches", "logits", "activations", "total"))
+            table.add_row(str(plan["batch"]), str(plan["rows"]), *(_mega(size) for size in sizes))
+        console.print(table)
+
+
+def _bundle_parts(console: Console, data: dict[str, Any]) -> None:
     rest = ("image_size", "precision", "sampling", "license", "source", "class_names")
     _key_values(console, "bundle", {key: data[key] for key in rest})
     _key_values(console, "parameters", {part: f"{count:,}" for part, count in data["parameters"].items()})
     _key_values(console, "files (MB)", {name: _mega(size) for name, size in data["files"].items()})
-    table = Table(
-        "batch", "rows", "weights", "caches", "logits", "activations (estimate)", "total", title="memory (MB)"
-    )
-    for plan in data["memory"]:
-        sizes = (plan[part] for part in ("weights", "caches", "logits", "activations", "total"))
-        table.add_row(str(plan["batch"]), str(plan["rows"]), *(_mega(size) for size in sizes))
-    console.print(table)
 
 
 def parity(data: dict[str, Any]) -> None:

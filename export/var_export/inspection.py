@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from var_deploy.config import config_to_dict
 from var_deploy.errors import CheckpointError
+from var_deploy.memory import memory_plan
 
 from .checkpoint import StateDict, kind_of, load_var, load_vqvae
 
@@ -14,23 +17,31 @@ from .checkpoint import StateDict, kind_of, load_var, load_vqvae
 _BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 
 
-def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads and checks a checkpoint file and describes it. Raises CheckpointError."""
+def inspect_checkpoint(path: Path, batches: Sequence[int] = (1, 8, 64)) -> dict[str, Any]:
+    """Reads and checks a checkpoint file and describes it. Raises CheckpointError.
+
+    The memory plan needs the transformer; it counts the decoder too where the file holds the VQVAE as well.
+    """
     kinds = kind_of(path)
     if not kinds:
         raise CheckpointError(f"{path}: neither a VAR nor a VQVAE state dict, nor a training checkpoint of them")
     data: dict[str, Any] = {"kind": "checkpoint", "path": str(path), "size": path.stat().st_size}
-    patch_nums = None
+    var, vqvae, patch_nums, parameters = None, None, None, 0
     if "VAR" in kinds:
         var, state = load_var(path)
         patch_nums = var.patch_nums
+        parameters += _parameters(state)
         data["var"] = {**config_to_dict(var), "parameters": _parameters(state), "dtypes": _dtypes(state)}
     if "VQVAE" in kinds:
         vqvae, state = load_vqvae(path, patch_nums)
+        parameters += _parameters(state)
         described = {**config_to_dict(vqvae), "parameters": _parameters(state), "dtypes": _dtypes(state)}
         if patch_nums is None:  # a VQVAE file alone does not say its scales
             described["patch_nums"] = None
         data["vqvae"] = described
+    if var is not None:
+        plans = [memory_plan(var, vqvae, 4 * parameters, batch) for batch in batches]
+        data["memory"] = [{**asdict(plan), "total": plan.total} for plan in plans]
     return data
 
 
