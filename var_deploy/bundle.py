@@ -108,7 +108,7 @@ class Manifest:
                 precision=data["precision"],
                 graphs={name: _graph_spec(graph) for name, graph in data["graphs"].items()},
                 sampling=SamplingDefaults(**data["sampling"]),
-                class_names=None if data["class_names"] is None else tuple(data["class_names"]),
+                class_names=_names(data["class_names"]),
                 license=data["license"],
                 source=data["source"],
                 files={name: FileSeal(**seal) for name, seal in data["files"].items()},
@@ -206,6 +206,12 @@ class Bundle:
                 problems.append(f"{name} cannot be read ({error.strerror})")
         if problems:
             raise BundleError(f"{self.path}: changed since export: {'; '.join(problems)}; copy or export it again")
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if value is not None and not isinstance(value, list):
+        raise TypeError(f"class_names is a {type(value).__name__}, not a list")
+    return None if value is None else tuple(value)
 
 
 def sha256_of(path: Path) -> str:

@@ -40,7 +40,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays behind
     try:
         app()
-    except VarDeployError as error:
+    except (VarDeployError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -33,7 +33,7 @@ class MemoryPlan:
 def memory_plan(
     var: VARConfig, vqvae: VQVAEConfig | None, weights: int, batch: int, *, guided: bool = True
 ) -> MemoryPlan:
-    """Plan for a batch; `weights` is the size of the weights that are loaded. Without a VQVAE: the transformer alone."""
+    """Plan for a batch; `weights` is the size of those that are loaded. Without a VQVAE: transformer alone."""
     rows = 2 * batch if guided else batch
     n, L, D = var.tokens_per_scale[-1], var.num_tokens, var.embed_dim
     # Live at once in the widest place: residual, normed input and qkv, or residual and both sides of the GELU; and the

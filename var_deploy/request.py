@@ -5,7 +5,6 @@ Everything raises RequestError with one line: what is wrong, what was expected.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from .errors import RequestError
 from .sampling import Settings
 
 MAX_SEED = 2**64 - 1
+MAX_GUIDANCE = 1000.0  # far beyond use, far from overflowing float32 logits
 
 
 def label_ids(labels: int | str | Sequence[int | str], manifest: Manifest) -> np.ndarray:
@@ -72,8 +72,8 @@ def settings(
     top_p = defaults.top_p if top_p is None else top_p
     per_scale = isinstance(guidance, Sequence | np.ndarray)
     values: list[Any] = list(guidance) if isinstance(guidance, Sequence | np.ndarray) else [guidance]
-    if not all(_is_number(t) and 0 <= t < math.inf for t in values):
-        raise RequestError(f"guidance: got {guidance!r}, expected finite numbers of at least 0")
+    if not all(_is_number(t) and 0 <= t <= MAX_GUIDANCE for t in values):
+        raise RequestError(f"guidance: got {guidance!r}, expected numbers from 0 to {MAX_GUIDANCE:g}")
     if not per_scale:
         values = [values[0] * config.ratio(k) for k in range(config.num_scales)]
     if len(values) != config.num_scales:

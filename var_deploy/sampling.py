@@ -86,10 +86,8 @@ def invert_cdf(logits_nV: np.ndarray, kept_nV: np.ndarray, uniforms_n: np.ndarra
     weights_nV = np.exp((logits_nV - logits_nV.max(axis=-1, keepdims=True)).astype(np.float64))
     weights_nV *= kept_nV
     cumulated_nV = weights_nV.cumsum(axis=-1)
-    tokens_n = (cumulated_nV <= uniforms_n[:, None] * cumulated_nV[:, -1:]).sum(axis=-1)
-    # u·total can round up to the total; then the last possible token is meant.
-    last_n = weights_nV.shape[-1] - 1 - (weights_nV[:, ::-1] > 0).argmax(axis=-1)
-    return np.minimum(tokens_n, last_n)
+    # u ≤ 1 − 2⁻⁵³, so u·total stays below the total even after rounding, and the sum ends at a token that is kept.
+    return (cumulated_nV <= uniforms_n[:, None] * cumulated_nV[:, -1:]).sum(axis=-1)
 
 
 def smooth_codes(

@@ -1,0 +1,88 @@
+"""Fixtures shared by all tests: golden cases as checkpoint files and as exported bundles, made once per run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden import Golden, rule_state_dicts
+from hypothesis import settings
+from safetensors.numpy import save_file
+
+from var_deploy.bundle import MANIFEST, sha256_of
+
+# Machines that run tests are busy: a slow example is no failure.
+settings.register_profile("var_deploy", deadline=None)
+settings.load_profile("var_deploy")
+
+Pair = tuple[Golden, Path, Path]
+
+
+def write_golden_pair(directory: Path, name: str) -> tuple[Path, Path]:
+    """Writes the rule weights of a golden case as `var_NAME.safetensors` and `vae_NAME.safetensors`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / f"var_{name}.safetensors", directory / f"vae_{name}.safetensors"
+    for path, state in zip(paths, rule_state_dicts(Golden.load(name)), strict=True):
+        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def golden_pair() -> Callable[[Path, str], tuple[Path, Path]]:
+    """`golden_pair(directory, name)` writes a fresh (VAR, VQVAE) checkpoint pair, for tests that alter the files."""
+    return write_golden_pair
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """(golden, VAR path, VQVAE path) of four scales and own AdaLN; read only."""
+    return Golden.load("tiny"), *write_golden_pair(tmp_path_factory.mktemp("tiny_pair"), "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_aln_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """(golden, VAR path, VQVAE path) of the 512 px scale list style with shared AdaLN; read only."""
+    return Golden.load("shared_aln"), *write_golden_pair(tmp_path_factory.mktemp("shared_aln_pair"), "shared_aln")
+
+
+def _export(pair: Pair, out: Path) -> Path:
+    from var_export.bundle import bundle_from_checkpoint  # imports torch and onnx
+
+    return bundle_from_checkpoint(pair[1], pair[2], out)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle of `tiny_pair`; read only, copy it to alter it."""
+    return _export(tiny_pair, tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def shared_aln_bundle(shared_aln_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle of `shared_aln_pair`; read only, copy it to alter it."""
+    return _export(shared_aln_pair, tmp_path_factory.mktemp("shared_aln") / "bundle")
+
+
+def reseal_files(bundle: Path, *names: str) -> None:
+    """Writes the present size and digest of altered files into bundle.json, as a forger would."""
+    manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    for name in names:
+        file = bundle / name
+        manifest["files"][name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    (bundle / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def reseal() -> Callable[..., None]:
+    """`reseal(bundle, *names)` makes the seals of altered files fit again."""
+    return reseal_files
+
+
+@pytest.fixture
+def tiny_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_bundle` that a test may alter."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

@@ -1,0 +1,263 @@
+"""The command line as its users run it: real processes, exit status, what is printed and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import var_deploy
+from var_deploy.images import image_grid
+
+FIXED = ["--guidance", "2.5", "--top-k", "60", "--top-p", "0.9"]
+SETTINGS = {"guidance": 2.5, "top_k": 60, "top_p": 0.9}
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "var_deploy.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def _succeed(*arguments: object) -> str:
+    result = _run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "onnxruntime" not in result.stderr  # a warning would name it
+    return result.stdout
+
+
+def _fail(*arguments: object) -> str:
+    """The one line on standard error of a command that fails."""
+    result = _run(*arguments)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_bundle_with_class_names_and_license(tiny_pair, tmp_path):
+    _, var, vae = tiny_pair
+    names = [f"cipher {i}" for i in range(10)]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    out = tmp_path / "made" / "bundle"
+    options = ["--classes", tmp_path / "names.txt", "--license", "CC0"]
+    said = _succeed("export", "--var", var, "--vae", vae, "--out", out, *options)
+    assert said.startswith(f"{out}: {len(list(out.iterdir()))} files, ")
+    pipe = var_deploy.load(out)
+    assert pipe.bundle.manifest.class_names == tuple(names)
+    assert pipe.bundle.manifest.license == "CC0"
+    assert pipe.bundle.manifest.source["var"]["file"] == var.name
+    assert {path.name for path in out.parent.iterdir()} == {"bundle"}
+
+
+def test_export_over_something_is_refused_and_leaves_it(tiny_pair, tmp_path):
+    _, var, vae = tiny_pair
+    out = tmp_path / "there"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    line = _fail("export", "--var", var, "--vae", vae, "--out", out)
+    assert line == f"error: {out}: exists already; nothing is overwritten, choose another name or remove it"
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "mine.txt"]
+
+
+def test_export_of_a_truncated_checkpoint_leaves_nothing(golden_pair, tmp_path):
+    var, vae = golden_pair(tmp_path / "in", "tiny")
+    var.write_bytes(var.read_bytes()[:-1000])
+    line = _fail("export", "--var", var, "--vae", vae, "--out", tmp_path / "out")
+    assert f"{var}: damaged or truncated safetensors file" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_of_a_bundle_as_json(tiny_bundle):
+    data = json.loads(_succeed("inspect", tiny_bundle, "--json", "--batch", 1, "--batch", 3))
+    assert (data["kind"], data["image_size"], data["precision"]) == ("bundle", 64, "fp32")
+    assert (data["var"]["depth"], data["vqvae"]["vocab_size"]) == (2, 256)
+    weights = load_file(tiny_bundle / "weights.safetensors")
+    assert sum(data["parameters"].values()) == sum(weight.size for weight in weights.values())
+    assert data["files"]["weights.safetensors"] == (tiny_bundle / "weights.safetensors").stat().st_size
+    assert [plan["batch"] for plan in data["memory"]] == [1, 3]
+    # keys and values × 2 blocks × rows × 2 heads × 30 tokens × 64 × 4 bytes
+    assert [plan["caches"] for plan in data["memory"]] == [2 * 2 * rows * 2 * 30 * 64 * 4 for rows in (2, 6)]
+
+
+def test_inspect_of_a_bundle_for_people(tiny_bundle):
+    said = _succeed("inspect", tiny_bundle)
+    for word in ("patch_nums", "weights.safetensors", "caches", "not stated"):
+        assert word in said
+
+
+def test_inspect_of_a_checkpoint_as_json(shared_aln_pair):
+    golden, var, _ = shared_aln_pair
+    data = json.loads(_succeed("inspect", var, "--json"))
+    assert data["kind"] == "checkpoint"
+    assert data["size"] == var.stat().st_size
+    assert data["var"]["patch_nums"] == golden.config["patch_nums"]
+    assert data["var"]["shared_aln"] is True
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_one_picture_equals_python(tiny_bundle, tmp_path):
+    out = tmp_path / "new" / "three.png"
+    said = _succeed("generate", tiny_bundle, "--class", 3, "--seed", 17, *FIXED, "--out", out)
+    assert said.splitlines() == [str(out)]
+    expected = var_deploy.load(tiny_bundle).generate([1, 3], seeds=[0, 17], **SETTINGS).images[1]
+    np.testing.assert_array_equal(_pixels(out), np.asarray(expected))
+    assert [path.name for path in out.parent.iterdir()] == ["three.png"]
+
+
+def test_generate_a_grid_and_an_animation_of_its_scales(tiny_bundle, tmp_path):
+    out, gif = tmp_path / "grid.png", tmp_path / "steps.gif"
+    classes = ["--class", 3, "--class", 7, "--class", 0]
+    options = ["--guidance", "0,0.5,1,2.5", "--top-k", 60, "--top-p", 0.9, "--graphs", "static", "--threads", 1]
+    _succeed("generate", tiny_bundle, *classes, "--seed", 5, *options, "--out", out, "--steps-gif", gif)
+    pipe = var_deploy.load(tiny_bundle, graphs="static", threads=1)
+    expected = pipe.generate([3, 7, 0], seeds=5, guidance=[0, 0.5, 1, 2.5], top_k=60, top_p=0.9).images
+    np.testing.assert_array_equal(_pixels(out), np.asarray(image_grid(expected)))
+    with Image.open(gif) as animation:
+        assert (animation.n_frames, animation.size) == (4, image_grid(expected).size)
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "steps.gif"}
+
+
+def test_generate_into_a_directory_names_class_and_seed(tiny_bundle, tmp_path):
+    out = tmp_path / "pictures"
+    _succeed("generate", tiny_bundle, "--class", 3, "--class", 7, "--seed", 5, "--smooth", "--out", out)
+    expected = var_deploy.load(tiny_bundle).generate([3, 7], seeds=5, smooth=True).images
+    assert sorted(path.name for path in out.iterdir()) == ["000_3_seed5.png", "001_7_seed6.png"]
+    for path, image in zip(sorted(out.iterdir()), expected, strict=True):
+        np.testing.assert_array_equal(_pixels(path), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--class", 10, "--out", "x.png"], "class 10 is out of range; expected an id from 0 to 9"),
+        (["--class", "²", "--out", "x.png"], "class '²' is unknown; this bundle knows ids only (ids 0 to 9)"),
+        (["--class", 1, "--seed", -1, "--out", "x.png"], "seeds: got -1, expected integers from 0 to 2⁶⁴ − 1"),
+        (["--class", 1, "--guidance", "1,2", "--out", "x"], "guidance: 2 values, expected one per scale (4)"),
+        (
+            ["--class", 1, "--guidance", "much", "--out", "x"],
+            "guidance: got 'much', expected a number or one per scale, like 0,0.5,1",
+        ),
+        (["--class", 1, "--engine", "warp", "--out", "x.png"], "unknown engine 'warp'; known: auto, onnx"),
+        (
+            ["--class", 1, "--out", "x.docx"],
+            "x.docx: unknown picture format '.docx'; use .png or .jpg, or a directory name",
+        ),
+        (
+            ["--class", 1, "--out", "x.png", "--steps-gif", "steps.mov"],
+            "steps.mov: an animation is written as GIF; give a name that ends in .gif",
+        ),
+        (
+            ["--class", 1, "--out", "occupied/x.png"],
+            "occupied/x.png: cannot write (",
+        ),
+    ],
+    ids=["class", "digit", "seed", "guidance-list", "guidance", "engine", "format", "gif", "not-a-directory"],
+)
+def test_a_wrong_request_is_one_line_and_leaves_nothing(tiny_bundle, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").write_text("mine")
+    assert message in _fail("generate", tiny_bundle, *options)
+    assert [path.name for path in tmp_path.rglob("*")] == ["occupied"]
+
+
+def test_a_changed_bundle_is_one_line_and_leaves_nothing(tiny_copy, tmp_path):
+    (tiny_copy / "finish.onnx").unlink()
+    line = _fail("generate", tiny_copy, "--class", 1, "--out", tmp_path / "x.png")
+    assert line == f"error: {tiny_copy}: changed since export: finish.onnx is missing; copy or export it again"
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [["generate", "b"], ["paint"], ["bench", "b", "--repeats", "0"]])
+def test_wrong_usage_exits_with_two(arguments):
+    result = _run(*arguments)
+    assert result.returncode == 2
+    assert "Usage" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+def test_verify_passes_for_the_checkpoints_a_bundle_came_from(tiny_bundle, tiny_pair):
+    _, var, vae = tiny_pair
+    data = json.loads(_succeed("verify", tiny_bundle, "--var", var, "--vae", vae, "--json"))
+    assert data["passed"] is True
+    assert data["labels"] == [0, 9]
+    assert data["scales"].keys() == {"symbolic", "static"}
+    for rows in data["scales"].values():
+        assert [row["scale"] for row in rows] == [0, 1, 2, 3]
+        assert max(row["logit_error"] for row in rows) < 1e-4  # as the golden vectors
+        assert {row["token_agreement"] for row in rows} == {1.0}
+    assert max(*data["pixel_error"].values(), data["reconstruction_error"]) < 1e-4
+    assert data["encoded_token_agreement"] == 1.0
+
+
+def test_verify_fails_for_one_nudged_weight_though_it_was_sealed_again(tiny_copy, tiny_pair, reseal):
+    weights = tiny_copy / "weights.safetensors"
+    with safe_open(weights, framework="np") as file:
+        bias = file.get_tensor("head.bias")
+    content = bytearray(weights.read_bytes())
+    at = content.find(bias.tobytes())
+    assert at > 0
+    content[at : at + 4] = (bias[0] + np.float32(0.01)).tobytes()
+    weights.write_bytes(content)
+    reseal(tiny_copy, weights.name)
+    _, var, vae = tiny_pair
+    result = _run("verify", tiny_copy, "--var", var, "--vae", vae)
+    assert result.returncode == 1
+    assert "parity FAILED: logits 1.0e-02" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench_prints_one_json_object_with_the_reference_of_the_same_run(tiny_bundle):
+    data = json.loads(_succeed("bench", tiny_bundle, "--repeats", 2, "--json"))
+    (row,) = data["rows"]
+    assert row["batch"] == 1
+    assert row["speedup"] > 0
+    assert row["reference"].keys() == row["seconds"].keys() == {"median", "minimum", "maximum"}
+    assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["median"])
+    assert {"condition", "scale_00", "draw", "finish", "decode"} <= row["stages"].keys()
+    assert row["pss_bytes"] > 0
+    assert data["machine"]["onnxruntime"]
+
+
+def test_bench_for_people_names_machine_and_ratio(tiny_bundle):
+    said = _succeed("bench", tiny_bundle, "--repeats", 1, "--no-reference", "--batch", 2)
+    for word in ("images/s", "not run", "median seconds per stage", "machine: processor"):
+        assert word in said
+
+
+def test_the_installed_program_is_the_same_command_line():
+    program = Path(sys.executable).with_name("var-deploy")
+    found = shutil.which(str(program)) or shutil.which("var-deploy")
+    assert found, "var-deploy is not installed beside this Python"
+    result = subprocess.run([found, "--help"], capture_output=True, text=True, check=True)
+    for command in ("export", "inspect", "generate", "verify", "bench"):
+        assert command in result.stdout

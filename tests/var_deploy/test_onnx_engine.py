@@ -1,0 +1,198 @@
+"""The ONNX Runtime engine: caches written in place, independent states, and what it says when it cannot load."""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import var_deploy
+from var_deploy.engines.onnx import GRAPHS, OnnxEngine
+from var_deploy.errors import EngineError
+
+IN_PLACE_WARNING = "in-place optimization not activated"
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
+def pipe(request: pytest.FixtureRequest, tiny_bundle: Path) -> var_deploy.Pipeline:
+    return var_deploy.load(tiny_bundle, graphs=request.param)
+
+
+# ---- caches ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_cache_is_copied_while_generating(pipe, capfd):
+    pipe.generate([1, 2, 3], guidance=2.0)
+    pipe.generate([4], guidance=0)
+    assert IN_PLACE_WARNING not in capfd.readouterr().err
+
+
+def test_the_warning_about_copies_would_be_seen(pipe, capfd):
+    # The control of the test above: a cache output that is not bound to its input.
+    engine = pipe.engine
+    state = engine.begin(np.array([1]))
+    other = engine.begin(np.array([1]))
+    session, spec = engine._scales[0], pipe.bundle.manifest.graphs["scales" if engine._symbolic else "scale_00"]
+    feeds = {tensor.name: (state.conditions | state.caches).get(tensor.name) for tensor in spec.inputs}
+    if engine._symbolic:
+        import onnxruntime as ort
+
+        feeds["scale"] = ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))
+        feeds["codes"] = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, 32), np.float32))
+        feeds["f_hat"] = ort.OrtValue.ortvalue_from_numpy(state.f_hat_RChh)
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        binding.bind_ortvalue_input(name, value)
+    for tensor in spec.outputs:
+        cache = other.caches.get(tensor.name.removesuffix(".out"))
+        if cache is not None:
+            binding.bind_ortvalue_output(tensor.name, cache)
+        else:
+            binding.bind_output(tensor.name)
+    session.run_with_iobinding(binding)
+    assert IN_PLACE_WARNING in capfd.readouterr().err
+
+
+def test_a_step_fills_its_span_of_the_same_buffers_and_no_other(pipe):
+    config, engine = pipe.bundle.manifest.var, pipe.engine
+    state = engine.begin(np.array([3, 10]))
+    for cache in state.caches.values():
+        cache.numpy()[...] = 7.25  # a view: a marker no key or value has
+    addresses = {name: cache.data_ptr() for name, cache in state.caches.items()}
+    codes_RnC = None
+    before = {name: cache.numpy().copy() for name, cache in state.caches.items()}
+    for k in range(config.num_scales):
+        begin, end = config.span(k)
+        engine.step(state, k, codes_RnC)
+        for name, cache in state.caches.items():
+            assert cache.data_ptr() == addresses[name]
+            now_RHLd = cache.numpy()
+            assert (now_RHLd[:, :, begin:end] != 7.25).all(), f"{name} after scale {k}"
+            np.testing.assert_array_equal(now_RHLd[:, :, :begin], before[name][:, :, :begin])
+            assert (now_RHLd[:, :, end:] == 7.25).all(), f"{name} after scale {k}"
+            before[name] = now_RHLd.copy()
+        codes_RnC = np.zeros((2, config.tokens_per_scale[k], config.z_channels), np.float32)
+
+
+def test_states_do_not_disturb_each_other(pipe):
+    engine, codes_1nC = pipe.engine, np.full((1, 1, 32), 0.5, np.float32)
+
+    def two_steps(label: int) -> np.ndarray:
+        state = engine.begin(np.array([label]))
+        engine.step(state, 0, None)
+        return engine.step(state, 1, codes_1nC)
+
+    alone = two_steps(4)
+    first, second = engine.begin(np.array([4])), engine.begin(np.array([8]))
+    engine.step(first, 0, None)
+    engine.step(second, 0, None)
+    other = engine.step(second, 1, codes_1nC)
+    between = engine.step(first, 1, codes_1nC)
+    np.testing.assert_array_equal(between, alone)
+    assert np.abs(other - alone).max() > 1e-3  # another class gives other logits
+
+
+def test_two_threads_get_the_pictures_they_would_get_one_by_one(pipe):
+    requests = [([1, 2], 5), ([7], 9), ([3, 3, 0], 1), ([2, 1], 5)]
+
+    def run(request: tuple[list[int], int]) -> np.ndarray:
+        return pipe.generate(request[0], seeds=request[1], guidance=2.0, top_k=50, top_p=0.9).pixels
+
+    one_by_one = [run(request) for request in requests]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, requests))
+    for alone, beside in zip(one_by_one, together, strict=True):
+        np.testing.assert_array_equal(alone, beside)
+
+
+# ---- choosing and loading --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "cuda"}, "unknown engine 'cuda'; known: auto, onnx"),
+        ({"device": "tpu"}, "unknown device 'tpu'; known: auto, cpu"),
+        ({"graphs": "both"}, "unknown graphs 'both'; known: symbolic, static"),
+        ({"threads": 0}, "threads: got 0, expected at least 1, or none for one per core"),
+    ],
+)
+def test_an_unknown_choice_lists_the_known_ones(tiny_bundle, options, message):
+    with pytest.raises(EngineError) as caught:
+        var_deploy.load(tiny_bundle, **options)
+    assert str(caught.value) == message
+
+
+def test_a_missing_library_names_the_extra_to_install(tiny_bundle, monkeypatch):
+    monkeypatch.delitem(sys.modules, "var_deploy.engines.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EngineError, match=r"^engine 'onnx' needs onnxruntime .*; pip install 'var-deploy\[cpu\]'$"):
+        var_deploy.load(tiny_bundle)
+
+
+def test_the_choice_is_logged_with_its_reason(tiny_bundle, caplog):
+    with caplog.at_level("INFO", logger="var_deploy"):
+        var_deploy.load(tiny_bundle, engine="onnx", graphs="static")
+    assert "engine onnx on cpu (asked for), static graphs" in caplog.text
+
+
+def test_one_thread_gives_the_same_tokens(tiny_bundle, pipe):
+    out = var_deploy.load(tiny_bundle, threads=1).generate([5], seeds=3, top_k=60)
+    expected = pipe.generate([5], seeds=3, top_k=60)
+    np.testing.assert_array_equal(np.concatenate(out.tokens, 1), np.concatenate(expected.tokens, 1))
+
+
+def test_a_graph_that_is_no_graph_is_named(tiny_copy, reseal):
+    (tiny_copy / "decoder.onnx").write_bytes(b"not a graph")
+    reseal(tiny_copy, "decoder.onnx")
+    with pytest.raises(EngineError, match=r"decoder\.onnx: ONNX Runtime [\d.]+ failed: "):
+        var_deploy.load(tiny_copy)
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute", "hidden", "link"])
+@pytest.mark.parametrize("graph", ["scales", "condition", "encoder"])
+def test_weights_outside_the_bundle_are_never_read(tiny_copy, reseal, graph, kind):
+    """A forged, resealed graph whose external data lies outside: refused even though the bytes would fit."""
+    outside = tiny_copy.parent / "outside.bin"
+    os.link(tiny_copy / "weights.safetensors", outside)
+    (tiny_copy / "inside").mkdir()
+    (tiny_copy / "link.bin").symlink_to("../outside.bin")
+    location = {
+        "relative": "../outside.bin",
+        "absolute": str(outside),
+        "hidden": "inside/../../outside.bin",
+        "link": "link.bin",
+    }[kind]
+    file = tiny_copy / f"{graph}.onnx"
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    file.write_bytes(model.SerializeToString())
+    reseal(tiny_copy, file.name)
+    with pytest.raises(EngineError, match=rf"{graph}\.onnx: ONNX Runtime [\d.]+ failed: .*[Pp]ath"):
+        _load_all(tiny_copy)
+
+
+def test_a_graph_altered_in_another_way_loads(tiny_copy, reseal):
+    # The control of the test above: it is the location that is refused, not the rewriting.
+    for graph in ("scales", "condition", "encoder"):
+        file = tiny_copy / f"{graph}.onnx"
+        model = onnx.load(file, load_external_data=False)
+        model.doc_string = "written again"
+        file.write_bytes(model.SerializeToString())
+        reseal(tiny_copy, file.name)
+    _load_all(tiny_copy)
+
+
+def _load_all(bundle: Path) -> None:
+    """Loads a bundle with all its sessions; the encoder's is made when it is first used."""
+    engine = var_deploy.load(bundle).engine
+    assert isinstance(engine, OnnxEngine)
+    engine.encode(np.zeros((1, 3, 64, 64), np.float32))
