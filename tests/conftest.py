@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import Golden, rule_state_dicts
 from hypothesis import settings
 from safetensors.numpy import save_file
 
+from golden import Golden, rule_state_dicts
 from var_deploy.bundle import MANIFEST, sha256_of
 
 # Machines that run tests are busy: a slow example is no failure.

@@ -147,6 +147,7 @@ def _reference_runner(pipe: Pipeline, guidance: float | None, threads: int | Non
     """Runs the eager reference for a batch size; None where it is not installed."""
     try:
         import torch
+
         from var_train import VAR, VQVAE, generate
         from var_train.presets import randomise
     except ImportError:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _origin(path: Path) -> dict[str, Any]:
 
 
 def _require_absent(out: Path) -> None:
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):  # unlike Path.exists, false for a name that is too long; making it says so
         raise BundleError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
 
 
@@ -135,6 +135,8 @@ def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
     `size` is the least that will be written, in bytes; too little free space is said before writing.
     """
     _require_absent(out)
+    made_parents = [parent for parent in out.parents if not os.path.lexists(parent)]  # innermost first
+    staging: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -143,15 +145,13 @@ def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
                 f"{out}: needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on that disk; free space"
             )
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise BundleError(f"{out}: cannot write there ({error.strerror or error}); choose another place") from error
-    try:
         yield staging
         for file in [*staging.iterdir(), staging]:
             _flush_to_disk(file)
         staging.chmod(0o755)  # mkdtemp makes it private
         _require_absent(out)
         staging.rename(out)
+        made_parents = []
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         step = "free space and export again" if full else "choose another place"
@@ -159,7 +159,11 @@ def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
             f"{out}: writing failed ({error.strerror or error}); {step}; nothing is left behind"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for parent in made_parents:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from var_train import VAR, VQVAE
-from var_train.var import scale_index_and_mask
 
 from var_deploy.config import HEAD_DIM, ConfigError, VARConfig, VQVAEConfig
 from var_deploy.errors import CheckpointError
+from var_train import VAR, VQVAE
+from var_train.var import scale_index_and_mask
 
 StateDict = dict[str, Tensor]
 
@@ -130,12 +130,15 @@ def kind_of(path: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
-    if path.is_dir():
-        raise CheckpointError(f"{path}: a directory, expected a file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: a directory, expected a file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it ({error.strerror})") from error
     if not head:
         raise CheckpointError(f"{path}: empty file; copy the checkpoint again")
     try:
@@ -156,8 +159,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" ({found.group(1)})" if found else ""
             raise CheckpointError(
-                f"{path}: refused: the pickle holds objects other than tensors and plain values{what}, which could run "
-                "code; save a plain state dict with torch.save(model.state_dict(), path)"
+                f"{path}: refused: PyTorch's safe reader finds objects other than tensors and plain values{what}, "
+                "which could run code; save a plain state dict with torch.save(model.state_dict(), path)"
             ) from error
         raise CheckpointError(f"{path}: damaged or truncated pickle; copy the file again") from error
     except SafetensorError as error:

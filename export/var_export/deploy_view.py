@@ -19,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+
 from var_train.var import MAX_SCALE_MUL
 
 from .checkpoint import CheckpointPair

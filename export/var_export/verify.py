@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from var_train import Generation, generate
 
 import var_deploy
 from var_deploy.bundle import Bundle
 from var_deploy.errors import CheckpointError, RequestError
 from var_deploy.pipeline import Pipeline
+from var_train import Generation, generate
 
 from .checkpoint import load_pair
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from golden import GOLDEN_NAMES, Golden, golden_config, rule_state_dicts
 from var_train import VAR, VQVAE, generate
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import GOLDEN_NAMES, Golden
 
 import var_deploy
+from golden import GOLDEN_NAMES, Golden
 from var_deploy.engines.onnx import GRAPHS
 
 # float32 on a CPU; the vectors come from another build of the same operations.

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import golden_config, rule_state_dicts
 from PIL import Image
 from safetensors.numpy import load_file
-from var_train import VAR, VQVAE, generate
 
 import var_deploy
+from golden import golden_config, rule_state_dicts
 from var_deploy import philox
 from var_deploy.errors import EngineError, RequestError
 from var_deploy.pipeline import Generation, Pipeline, Preview
+from var_train import VAR, VQVAE, generate
 
 SETTINGS = {"guidance": 3.0, "top_k": 60, "top_p": 0.9}
 BATCH = [1, 4, 4, 0, 19, 7, 12, 4]

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from var_train.presets import randomise
-from var_train.quantizer import MultiScaleQuantizer, Phi
 
 from var_deploy.bundle import Bundle
 from var_deploy.config import VQVAEConfig
 from var_deploy.errors import BundleError
 from var_deploy.quantizer import Quantizer
+from var_train.presets import randomise
+from var_train.quantizer import MultiScaleQuantizer, Phi
 
 # Sums of up to 4 scales of bicubic enlargement (torch keeps its weights in float32) and a 3×3 convolution.
 ATOL = 2e-5

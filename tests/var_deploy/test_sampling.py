@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from var_train import sampling as published
 
 from var_deploy import philox
 from var_deploy.errors import EngineError
 from var_deploy.sampling import Settings, draw_scale, invert_cdf, kept_threshold, smooth_codes
+from var_train import sampling as published
 
 V = 53
 JUST_BELOW_ONE = np.nextafter(1.0, 0.0)
