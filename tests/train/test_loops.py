@@ -1,0 +1,127 @@
+"""The training loops on random images with a tiny model: losses fall, seeds repeat, published optimiser groups."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from var_deploy.config import VARConfig, VQVAEConfig
+from var_train import VAR, VQVAE
+from var_train.loops import (
+    LoopSettings,
+    parameter_groups,
+    record_usage,
+    reseed_unused,
+    train_var,
+    train_vqvae,
+)
+
+PATCH_NUMS = (1, 2, 3)
+VQVAE_CONFIG = VQVAEConfig(patch_nums=PATCH_NUMS, vocab_size=24, z_channels=8, ch=32, ch_mult=(1, 1), num_res_blocks=1)
+VAR_CONFIG = VARConfig(
+    patch_nums=PATCH_NUMS,
+    vocab_size=24,
+    z_channels=8,
+    num_classes=2,
+    depth=2,
+    embed_dim=64,
+    ffn_dim=128,
+)
+SETTINGS = LoopSettings(steps=30, learning_rate=2e-3, weight_decay=0.05)
+
+
+def two_stripes() -> Iterator[tuple[Tensor, Tensor]]:
+    """Class 0 is bright above, class 1 bright on the left; the noise never repeats."""
+    generator = torch.Generator().manual_seed(5)
+    while True:
+        labels_B = torch.randint(2, (8,), generator=generator)
+        image_B3RR = torch.full((8, 3, 6, 6), -0.8)
+        image_B3RR[labels_B == 0, :, :3] = 0.8
+        image_B3RR[labels_B == 1, :, :, :3] = 0.8
+        yield image_B3RR + 0.05 * torch.randn(image_B3RR.shape, generator=generator), labels_B
+
+
+def trained(seed: int) -> tuple[list[float], list[float], VQVAE]:
+    torch.manual_seed(seed)
+    vqvae, var = VQVAE(VQVAE_CONFIG), VAR(VAR_CONFIG)
+    var.init_weights()
+    vqvae_losses = train_vqvae(vqvae, two_stripes(), SETTINGS, reseed_every=10)
+    return vqvae_losses, train_var(var, vqvae, two_stripes(), SETTINGS), vqvae
+
+
+def test_losses_fall_and_the_seed_repeats_them():
+    vqvae_losses, var_losses, vqvae = trained(0)
+    for losses in (vqvae_losses, var_losses):
+        assert len(losses) == SETTINGS.steps
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert not vqvae.training
+    again_vqvae, again_var, _ = trained(0)
+    assert (again_vqvae, again_var) == (vqvae_losses, var_losses)
+    assert trained(1)[0] != vqvae_losses
+
+
+def test_rate_warms_up_and_ends_at_final():
+    settings = LoopSettings(steps=100, learning_rate=1.0, weight_decay=0.0, warmup=0.1, final=0.05)
+    rates = [settings.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_rate_of_the_shortest_runs(steps):
+    settings = LoopSettings(steps=steps, learning_rate=1.0, weight_decay=0.0)
+    assert all(0 < settings.rate(step) <= 1 for step in range(steps))
+
+
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_no_decay_on_biases_and_embeddings(shared_aln):
+    var = VAR(
+        VARConfig(
+            patch_nums=PATCH_NUMS,
+            vocab_size=24,
+            num_classes=2,
+            depth=1,
+            embed_dim=64,
+            ffn_dim=128,
+            shared_aln=shared_aln,
+        )
+    )
+    decayed, plain = parameter_groups(var, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    names = {id(parameter): name for name, parameter in var.named_parameters()}
+    plain_names = {names[id(parameter)] for parameter in plain["params"]}
+    assert len(plain["params"]) + len(decayed["params"]) == len(names)
+    assert {"pos_start", "pos_1LC", "lvl_embed.weight", "blocks.0.attn.scale_mul_1H11"} <= plain_names
+    assert {"blocks.0.attn.q_bias", "head.bias", "blocks.0.ffn.fc1.bias"} <= plain_names
+    assert not {"head.weight", "class_emb.weight", "word_embed.weight"} & plain_names
+    assert ("blocks.0.ada_gss" in plain_names) == shared_aln
+
+
+def test_usage_counts_hits_of_every_scale():
+    quantizer = VQVAE(VQVAE_CONFIG).quantize
+    tokens = [torch.full((4, n), k) for k, n in enumerate(VQVAE_CONFIG.tokens_per_scale)]
+    for _ in range(200):
+        record_usage(quantizer, tokens)
+    expected_SV = torch.zeros(3, 24)
+    expected_SV[0, 0], expected_SV[1, 1], expected_SV[2, 2] = 4, 16, 36
+    torch.testing.assert_close(quantizer.ema_vocab_hit_SV, expected_SV)
+
+
+def test_only_unused_entries_are_reseeded():
+    torch.manual_seed(0)
+    quantizer = VQVAE(VQVAE_CONFIG).quantize
+    quantizer.ema_vocab_hit_SV[1, 3:] = 1.0
+    before_VC = quantizer.embedding.weight.detach().clone()
+    f_BChh = torch.randn(4, 8, 3, 3)
+    assert reseed_unused(quantizer, f_BChh) == 3
+    after_VC = quantizer.embedding.weight.detach()
+    assert torch.equal(after_VC[3:], before_VC[3:])
+    assert (after_VC[:3] != before_VC[:3]).any(dim=1).all()
+    quantizer.ema_vocab_hit_SV[0, :3] = 1.0
+    assert reseed_unused(quantizer, f_BChh) == 0

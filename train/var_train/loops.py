@@ -1,0 +1,160 @@
+"""Single-process training loops: batches of images and labels in, a trained VQVAE or VAR out, in place.
+
+The optimiser follows the published recipe: AdamW β = (0.9, 0.95), no decay on biases and embeddings, warm-up, gradient
+clip 2. Axes: B images, R image side, N vectors, C code width, S scales, V codebook entries, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .quantizer import MultiScaleQuantizer
+from .var import VAR
+from .vqvae import VQVAE
+
+#: Endless training data: images [B, 3, R, R] in [−1, 1] and int64 labels [B].
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+#: Parts of parameter names that the published recipe excludes from weight decay, beside everything one-dimensional.
+NO_DECAY = ("pos_", "lvl_embed", "ada_gss", "scale_mul")
+
+USAGE_DECAY = 0.9  # of the running codebook usage; short, so that a re-seeded entry is judged by what came after
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSettings:
+    """One training run."""
+
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    warmup: float = 0.02  #: part of the steps over which the rate rises linearly
+    final: float = 0.01  #: rate at the last step, as a part of the peak; a cosine leads there
+    clip: float = 2.0  #: largest norm of the whole gradient
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate at a step, in (0, 1]."""
+        warmup_steps = max(1, round(self.warmup * self.steps))
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, self.steps - 1 - warmup_steps)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """The published AdamW groups: decay on matrices and kernels, none on biases, 1-D tensors and `NO_DECAY`."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in NO_DECAY)
+        (plain if exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def train_vqvae(
+    vqvae: VQVAE, batches: Batches, settings: LoopSettings, *, reseed_every: int = 50, reseed_until: float = 0.7
+) -> list[float]:
+    """Trains on L1 + L2 reconstruction + quantiser loss; returns the loss of every step.
+
+    The codebook starts from residuals of the first batch. Until `reseed_until` of the run, entries that almost no
+    residual falls on are put onto residuals of the current batch every `reseed_every` steps.
+    """
+
+    def step_loss(step: int, image_B3RR: Tensor) -> Tensor:
+        if step == 0:
+            nn.init.zeros_(vqvae.quantize.embedding.weight)
+        if step % reseed_every == 0 and step <= reseed_until * settings.steps:
+            reseed_unused(vqvae.quantize, vqvae.encode(image_B3RR).detach())
+        reconstruction_B3RR, quantizer_loss, tokens = vqvae(image_B3RR)
+        record_usage(vqvae.quantize, tokens)
+        difference_B3RR = reconstruction_B3RR - image_B3RR
+        return difference_B3RR.abs().mean() + difference_B3RR.square().mean() + quantizer_loss
+
+    return _optimise(vqvae, settings, "VQVAE", lambda step: step_loss(step, next(batches)[0]))
+
+
+def train_var(var: VAR, vqvae: VQVAE, batches: Batches, settings: LoopSettings) -> list[float]:
+    """Trains on the tokens that a frozen VQVAE gives the images; returns the cross-entropy (nats) of every step.
+
+    The loss is the mean over all L positions. `var` carries its own label dropout and stochastic depth.
+    """
+    vqvae.eval()
+    return _optimise(var, settings, "VAR", lambda _: token_cross_entropy(var, vqvae, *next(batches)))
+
+
+def token_cross_entropy(var: VAR, vqvae: VQVAE, image_B3RR: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean over images and all L positions of −log p(token), in nats; differentiable in `var` alone."""
+    with torch.no_grad():
+        tokens = vqvae.tokens(image_B3RR)
+        features_BlC = vqvae.quantize.teacher_forcing_input(tokens)
+    logits_BLV = var(labels_B, features_BlC)
+    return F.cross_entropy(logits_BLV.flatten(0, 1), torch.cat(tokens, dim=1).flatten())
+
+
+def _optimise(model: nn.Module, settings: LoopSettings, name: str, step_loss: Callable[[int], Tensor]) -> list[float]:
+    """`settings.steps` AdamW steps on `step_loss(step)`; leaves the model in evaluation mode."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.95)
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
+    losses: list[float] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    model.train()
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=settings.steps, loss=math.nan)
+        for step in range(settings.steps):
+            loss = step_loss(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+            progress.update(task, advance=1, loss=losses[-1])
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def record_usage(quantizer: MultiScaleQuantizer, tokens: list[Tensor]) -> None:
+    """Updates `ema_vocab_hit_SV`, the running number of hits of each entry per batch, scale by scale."""
+    for usage_V, tokens_Bn in zip(quantizer.ema_vocab_hit_SV, tokens, strict=True):
+        hits_V = tokens_Bn.flatten().bincount(minlength=len(usage_V)).to(usage_V.dtype)
+        usage_V.lerp_(hits_V, 1 - USAGE_DECAY)
+
+
+@torch.no_grad()
+def reseed_unused(quantizer: MultiScaleQuantizer, f_BChh: Tensor) -> int:
+    """Puts entries with less than a tenth of a hit per batch onto random residuals of `f_BChh`; returns how many."""
+    unused_V = quantizer.ema_vocab_hit_SV.sum(dim=0) < 0.1
+    count = int(unused_V.sum())
+    if count:
+        residuals_NC = _residual_vectors(quantizer, f_BChh)
+        chosen_N = torch.randint(len(residuals_NC), (count,), device=f_BChh.device)
+        quantizer.embedding.weight[unused_V] = residuals_NC[chosen_N]
+    return count
+
+
+def _residual_vectors(quantizer: MultiScaleQuantizer, f_BChh: Tensor) -> Tensor:
+    """Every vector that the quantiser looks up an entry for, all scales together: [N, C]."""
+    f_hat_BChh = torch.zeros_like(f_BChh)
+    residuals = []
+    for k in range(quantizer.config.num_scales):
+        residual_BChw = quantizer.shrink(k, f_BChh - f_hat_BChh)
+        residuals.append(residual_BChw.flatten(2).transpose(1, 2).flatten(0, 1))
+        codes_BnC = quantizer.embedding(quantizer.nearest(residual_BChw))
+        f_hat_BChh = f_hat_BChh + quantizer.contribution(k, codes_BnC)
+    return torch.cat(residuals)
