@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from var_deploy.errors import CheckpointError, RequestError, VarDeployError
-from var_train import digits
+from var_train import digits, digits_data
 from var_train.digits_quality import (
     LabelledImages,
     import_sklearn,
@@ -30,8 +30,8 @@ VQVAE_PATH, VAR_PATH = CHECKPOINTS / digits.VQVAE_FILE, CHECKPOINTS / digits.VAR
 
 
 @pytest.fixture(scope="module")
-def split() -> digits.DigitsSplit:
-    return digits.load_split()
+def split() -> digits_data.DigitsSplit:
+    return digits_data.load_split()
 
 
 def first(images: LabelledImages, count: int) -> LabelledImages:
@@ -46,7 +46,7 @@ def test_split_is_disjoint_stratified_and_fixed(split):
     for part in (train, held_out):
         share = np.bincount(part.labels_N) / len(part.labels_N)
         np.testing.assert_allclose(share, 0.1, atol=0.01)
-    np.testing.assert_array_equal(digits.load_split().held_out.labels_N, held_out.labels_N)
+    np.testing.assert_array_equal(digits_data.load_split().held_out.labels_N, held_out.labels_N)
 
 
 def test_images_are_32_grey_pixels_from_black_to_white(split):
@@ -60,7 +60,7 @@ def test_images_are_32_grey_pixels_from_black_to_white(split):
 def test_enlarge_keeps_places():
     grey_188 = torch.zeros(1, 8, 8)
     grey_188[0, 2, 5] = 1
-    image_RR = digits.enlarge(grey_188)[0, 0]
+    image_RR = digits_data.enlarge(grey_188)[0, 0]
     assert image_RR[8:12, 20:24].mean() > 0.5
     assert image_RR[16:, :].max() == 0
 
@@ -68,12 +68,12 @@ def test_enlarge_keeps_places():
 def test_batches_pass_over_all_images_and_repeat_with_the_seed(split):
     labels_N = np.arange(40)
     images = LabelledImages(split.train.images_N3RR[:40], labels_N)
-    stream = digits.batches(images, 16, seed=3)
+    stream = digits_data.batches(images, 16, seed=3)
     passes = [torch.cat([next(stream)[1] for _ in range(3)]) for _ in range(2)]
     assert all(sorted(one.tolist()) == labels_N.tolist() for one in passes)
     assert not torch.equal(*passes)
-    image_B3RR, labels_B = next(digits.batches(images, 16, seed=3))
-    again_B3RR, _ = next(digits.batches(images, 16, seed=3))
+    image_B3RR, labels_B = next(digits_data.batches(images, 16, seed=3))
+    again_B3RR, _ = next(digits_data.batches(images, 16, seed=3))
     assert torch.equal(image_B3RR, again_B3RR)
     assert image_B3RR.shape == (16, 3, 32, 32)
     assert -1 <= image_B3RR.min() < image_B3RR.max() <= 1 + 1e-6
@@ -165,7 +165,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_train_then_quality_on_the_command_line(split, tmp_path, monkeypatch):
-    small = digits.DigitsSplit(first(split.train, 100), first(split.held_out, 20))
+    small = digits_data.DigitsSplit(first(split.train, 100), first(split.held_out, 20))
     monkeypatch.setattr(digits, "load_split", lambda: small)
     monkeypatch.setattr(digits, "AUGMENTED_REFERENCES", 1)
     monkeypatch.setattr(digits, "BATCH_SIZE", 8)

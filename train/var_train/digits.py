@@ -1,22 +1,18 @@
-"""A small VAR on scikit-learn's handwritten digits: data, the two configurations, and a command line.
+"""A small VAR on scikit-learn's handwritten digits: the two configurations, and the command line around them.
 
 `python -m var_train.digits train` makes the checkpoints that the repository ships, `… quality` measures them.
-Axes: N images, B images of a batch, R = 32 image side.
+Axes: N images, B images of a batch, R image side.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -27,16 +23,16 @@ from torch import Tensor, nn
 from var_deploy.config import VARConfig, VQVAEConfig, config_to_dict
 from var_deploy.errors import CheckpointError, VarDeployError
 
+from .digits_data import DigitsSplit, batches, load_split, moved
 from .digits_quality import (
     LabelledImages,
     distance_summary,
-    import_sklearn,
     quality_report,
     rms,
     save_grid,
 )
 from .generate import generate
-from .loops import Batches, LoopSettings, token_cross_entropy, train_var, train_vqvae
+from .loops import LoopSettings, token_cross_entropy, train_var, train_vqvae
 from .var import VAR
 from .vqvae import VQVAE
 
@@ -55,8 +51,6 @@ VAR_CONFIG = VARConfig(
 )
 VQVAE_FILE, VAR_FILE = "digits_vqvae.safetensors", "digits_var.safetensors"
 
-HELD_OUT = 500
-SPLIT_SEED = 0
 BATCH_SIZE = 64
 VQVAE_SETTINGS = LoopSettings(steps=1200, learning_rate=1e-3, weight_decay=0.01)
 VAR_SETTINGS = LoopSettings(steps=1400, learning_rate=1e-3, weight_decay=0.05)
@@ -64,62 +58,6 @@ DROP_PATH = 0.1
 AUGMENTED_REFERENCES = 16  # augmented variants of each training image that the copy check compares with
 #: Sampling that the shipped checkpoints are judged at; 0 turns top-k off.
 GUIDANCE, TOP_K, TOP_P = 2.0, 0, 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class DigitsSplit:
-    """Real images as [N, 3, 32, 32] float32 in [0, 1]; training never sees `held_out`."""
-
-    train: LabelledImages
-    held_out: LabelledImages
-
-
-def load_split() -> DigitsSplit:
-    """The 1,797 digits in a fixed split, each digit equally well represented in both parts."""
-    digits = import_sklearn("datasets").load_digits()
-    images_N3RR = enlarge(torch.from_numpy(digits.images).float() / 16).numpy()
-    train_N, held_out_N = import_sklearn("model_selection").train_test_split(
-        np.arange(len(images_N3RR)), test_size=HELD_OUT, stratify=digits.target, random_state=SPLIT_SEED
-    )
-    return DigitsSplit(*(LabelledImages(images_N3RR[index], digits.target[index]) for index in (train_N, held_out_N)))
-
-
-def enlarge(grey_N88: Tensor) -> Tensor:
-    """8×8 grey images in [0, 1] → [N, 3, 32, 32] in [0, 1]: bicubic, then twice the contrast about mid-grey.
-
-    The 8×8 images are block counts of 32×32 black-and-white scans; the contrast gives strokes their edges back.
-    """
-    size = (VQVAE_CONFIG.image_size, VQVAE_CONFIG.image_size)
-    smooth_N1RR = F.interpolate(grey_N88[:, None], size=size, mode="bicubic")
-    return (2 * smooth_N1RR - 0.5).clamp(0, 1).repeat(1, 3, 1, 1)
-
-
-def augment(image_B3RR: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to 8°, scaled by up to 8 % and moved by up to 1.5 pixels; black comes in from outside."""
-
-    def uniform_B(limit: float) -> Tensor:
-        return (2 * torch.rand(len(image_B3RR), generator=generator) - 1) * limit
-
-    angle_B, scale_B = uniform_B(math.radians(8)), 1 + uniform_B(0.08)
-    limit = 1.5 * 2 / image_B3RR.shape[-1]  # pixels → the grid's units, where the image is 2 wide
-    cos_B, sin_B = scale_B * angle_B.cos(), scale_B * angle_B.sin()
-    row_x = torch.stack([cos_B, -sin_B, uniform_B(limit)], dim=1)
-    row_y = torch.stack([sin_B, cos_B, uniform_B(limit)], dim=1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(image_B3RR.shape), align_corners=False)
-    return F.grid_sample(image_B3RR, grid, align_corners=False)
-
-
-def batches(images: LabelledImages, batch_size: int, seed: int) -> Batches:
-    """Endless augmented batches in [−1, 1]; each pass visits the images in a new order."""
-    generator = torch.Generator().manual_seed(seed)
-    image_N3RR, labels_N = torch.from_numpy(images.images_N3RR), torch.from_numpy(images.labels_N).long()
-
-    def epochs() -> Iterator[Tensor]:
-        while True:
-            yield from torch.randperm(len(labels_N), generator=generator).split(batch_size)
-
-    for index_B in epochs():
-        yield augment(image_N3RR[index_B], generator) * 2 - 1, labels_N[index_B]
 
 
 def save_half(model: nn.Module, path: Path) -> None:
@@ -178,13 +116,6 @@ def reconstruct(vqvae: VQVAE, images: LabelledImages) -> LabelledImages:
     """What the VQVAE makes of the images' tokens."""
     image_N3RR = vqvae.reconstruct(torch.from_numpy(images.images_N3RR) * 2 - 1).add(1).mul(0.5)
     return LabelledImages(image_N3RR.numpy(), images.labels_N)
-
-
-def moved(images: LabelledImages, seed: int, passes: int = 1) -> LabelledImages:
-    """Every image `passes` times, augmented as in training."""
-    stream = batches(images, len(images.labels_N), seed)
-    image_B3RR, labels_B = zip(*(next(stream) for _ in range(passes)), strict=True)
-    return LabelledImages(torch.cat(image_B3RR).add(1).mul(0.5).numpy(), torch.cat(labels_B).numpy())
 
 
 def copy_check(vqvae: VQVAE, generated: LabelledImages, split: DigitsSplit) -> dict[str, dict[str, float]]:
