@@ -62,8 +62,8 @@ def bench(
     progress: Progress = lambda _: None,
 ) -> list[BenchRow]:
     """Times `generate` for each batch size, smallest first. Raises RequestError."""
-    if repeats < 1 or warmup < 0 or not batches or min(batches) < 1:
-        raise RequestError("bench: expected at least one repeat, one batch size of at least 1, and no negative warm-up")
+    if repeats < 1 or warmup < 1 or not batches or min(batches) < 1:
+        raise RequestError("bench: expected at least one repeat, one warm-up, and batch sizes of at least 1")
     batches = sorted(set(batches))
     classes = pipe.bundle.manifest.var.num_classes
     memory: dict[int, tuple[int | None, int | None]] = {}
@@ -73,7 +73,7 @@ def bench(
 
     for batch in batches:
         progress(f"warm-up, batch {batch}")
-        for _ in range(max(warmup, 1)):
+        for _ in range(warmup):
             ours(batch)
         memory[batch] = proportional_set_size(), peak_resident_size()
     run_reference = _reference_runner(pipe, guidance, threads) if reference else None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -181,10 +183,20 @@ class Bundle:
         return self.path / name
 
     def weight(self, name: str) -> np.ndarray:
-        """A copy of one weight."""
+        """A copy of one weight. Raises BundleError."""
+        with self._weights() as weights:
+            return weights.get_tensor(name)
+
+    def weight_sizes(self) -> dict[str, int]:
+        """Number of elements of every weight. Raises BundleError."""
+        with self._weights() as weights:
+            return {name: math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+    @contextmanager
+    def _weights(self) -> Iterator[Any]:
         try:
             with safe_open(self.file(WEIGHTS), framework="np") as weights:
-                return weights.get_tensor(name)
+                yield weights
         except SafetensorError as error:
             raise BundleError(f"{self.file(WEIGHTS)}: {error}; export the bundle again") from error
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import re
 import signal
 import sys
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory.")]
 VarFile = Annotated[Path, typer.Option("--var", metavar="FILE", help="VAR checkpoint (.pth or .safetensors).")]
@@ -232,9 +236,18 @@ def _stderr() -> Any:
 def _output(data: dict[str, Any], as_json: bool, layout: Any) -> None:
     """Prints data as JSON, or laid out for people."""
     if as_json:
-        print(json.dumps(data, ensure_ascii=False))
+        print(json.dumps(_without_nan(data), ensure_ascii=False, allow_nan=False))
     else:
         layout(data)
+
+
+def _without_nan(value: Any) -> Any:
+    """The same data with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _needs(module: str, extra: str) -> Any:
@@ -267,27 +280,31 @@ def _guidance(text: str | None) -> float | list[float] | None:
 
 def _check_picture(out: Path) -> None:
     """Refuses an unknown picture format before an image is computed."""
-    from PIL import Image
-
     if not out.suffix or out.is_dir():
         return
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise RequestError(f"{out}: unknown picture format {out.suffix!r}; use .png or .jpg, or a directory name")
+    if out.suffix.lower() not in PICTURE_SUFFIXES:
+        known = ", ".join(PICTURE_SUFFIXES)
+        raise RequestError(f"{out}: unknown picture format {out.suffix!r}; use {known}, or a directory name")
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A partial file beside `path` that takes its place when the block succeeds."""
     partial = path.with_name(f".partial-{path.name}")
+    made_parents = [parent for parent in path.parents if not os.path.lexists(parent)]  # innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+        made_parents = []
     except OSError as error:
         raise RequestError(f"{path}: cannot write ({error.strerror or error}); choose another place") from error
     finally:
         with suppress(OSError):  # it may never have existed
             partial.unlink()
+        for parent in made_parents:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 if __name__ == "__main__":

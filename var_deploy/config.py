@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -79,6 +80,14 @@ class ScalesConfig:
         return k / (self.num_scales - 1)
 
 
+class PhiLayout(StrEnum):
+    """Where a checkpoint stores the φ convolutions, below `quantize.quant_resi.`."""
+
+    PARTIAL = "partial"  #: qresi_ls.{i}: a few, shared by neighbouring scales
+    SINGLE = "single"  #: qresi: one for all scales
+    PER_SCALE = "per_scale"  #: {i}: one for each scale
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VQVAEConfig(ScalesConfig):
     """Multi-scale VQVAE (paper section 3.2)."""
@@ -88,10 +97,9 @@ class VQVAEConfig(ScalesConfig):
     ch: int = 160
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
-    #: Number of φ convolutions; `phi_layout` says under which keys they are stored.
+    #: Number of φ convolutions.
     num_phi: int = 4
-    #: "partial": quant_resi.qresi_ls.{i}; "single": quant_resi.qresi; "per_scale": quant_resi.{i}.
-    phi_layout: str = "partial"
+    phi_layout: PhiLayout = PhiLayout.PARTIAL
     #: Nearest code by cosine instead of squared distance. No key of a checkpoint tells; published models: False.
     using_znorm: bool = False
 
@@ -104,13 +112,14 @@ class VQVAEConfig(ScalesConfig):
         ok = isinstance(self.ch_mult, tuple) and self.ch_mult and all(_is_int(m) and m > 0 for m in self.ch_mult)
         require(bool(ok), "ch_mult", self.ch_mult, "a tuple of positive integers")
         require(
-            self.phi_layout in ("partial", "single", "per_scale"),
+            self.phi_layout in tuple(PhiLayout),
             "phi_layout",
             self.phi_layout,
             "'partial', 'single' or 'per_scale'",
         )
+        object.__setattr__(self, "phi_layout", PhiLayout(self.phi_layout))  # JSON gives the plain text
         require(isinstance(self.using_znorm, bool), "using_znorm", self.using_znorm, "true or false")
-        if self.phi_layout == "single":
+        if self.phi_layout is PhiLayout.SINGLE:
             require(self.num_phi == 1, "num_phi", self.num_phi, "1 with phi_layout 'single'")
 
     @property
@@ -122,6 +131,11 @@ class VQVAEConfig(ScalesConfig):
     def image_size(self) -> int:
         """Side of the image in pixels."""
         return self.latent_size * self.downsampling
+
+    def phi_key(self, i: int) -> str:
+        """State-dict key of φ number i, without `.weight` or `.bias`."""
+        leaf = {PhiLayout.PARTIAL: f"qresi_ls.{i}", PhiLayout.SINGLE: "qresi", PhiLayout.PER_SCALE: f"{i}"}
+        return f"quantize.quant_resi.{leaf[self.phi_layout]}"
 
     def phi_index(self, k: int) -> int:
         """Which φ scale k uses: the tick nearest to k/(K−1), the first of equally near ones.

@@ -33,7 +33,8 @@ def pixels_from_images(images: Sequence[Image.Image] | np.ndarray, size: int) ->
         raise RequestError("images: expected a list of PIL images or one array")
     if not images:
         raise RequestError("images: got none, expected at least one")
-    fitted = [ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS) for image in images]
+    upright = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+    fitted = [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in upright]
     return np.stack([np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255 for image in fitted])
 
 

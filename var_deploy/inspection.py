@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from .bundle import WEIGHTS, Bundle
+from .bundle import Bundle
 from .config import config_to_dict
 from .memory import memory_plan
 
@@ -19,9 +16,8 @@ def inspect_bundle(path: Path, batches: list[int]) -> dict[str, Any]:
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     parameters = {"condition": 0, "scales": 0, "decoder": 0, "encoder": 0}
-    with safe_open(bundle.file(WEIGHTS), framework="np") as weights:
-        for name in weights.keys():  # noqa: SIM118 (not a mapping)
-            parameters[_part(name)] += math.prod(weights.get_slice(name).get_shape())
+    for name, size in bundle.weight_sizes().items():
+        parameters[_part(name)] += size
     loaded = 4 * (sum(parameters.values()) - parameters["encoder"])  # the encoder is loaded when first used
     plans = [memory_plan(manifest.var, manifest.vqvae, loaded, batch) for batch in batches]
     return {

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from .config import HEAD_DIM, VARConfig, VQVAEConfig
 
-FLOAT = 4
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Memory of one generation on the CPU engine; the activations are an estimate, the rest is exact."""
+    """Memory of one generation on the CPU engine; activations are an estimate, the rest is counted."""
 
     batch: int
     rows: int
@@ -49,9 +49,9 @@ def memory_plan(
         batch=batch,
         rows=rows,
         weights=weights,
-        caches=FLOAT * 2 * var.depth * rows * var.num_heads * L * HEAD_DIM,
-        logits=FLOAT * rows * n * var.vocab_size,
-        activations=FLOAT * max(tokens + scores, decoder),
+        caches=FLOAT_BYTES * 2 * var.depth * rows * var.num_heads * L * HEAD_DIM,
+        logits=FLOAT_BYTES * rows * n * var.vocab_size,
+        activations=FLOAT_BYTES * max(tokens + scores, decoder),
     )
 
 

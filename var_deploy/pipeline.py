@@ -44,7 +44,7 @@ def load(
     return Pipeline(bundle, engine_for(bundle, engine, device, graphs=graphs, threads=threads))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preview:
     """What `on_scale` hears after scale `scale` was drawn and added to the feature map."""
 
@@ -60,12 +60,13 @@ class Preview:
         return images_from_pixels(self._engine.decode(self.f_hat_BChh))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """The result of one request."""
 
     pixels: np.ndarray  #: float32 [B, 3, R, R] in [0, 1]
-    tokens: list[np.ndarray]  #: per scale, int64 [B, n_k]
+    #: Per scale, int64 [B, n_k]: the drawn tokens. With `smooth`, the image comes from mixtures of codes instead.
+    tokens: list[np.ndarray]
     timings: dict[str, float]  #: seconds per stage: condition, scale_00 …, draw, finish, decode
 
     @cached_property
@@ -139,18 +140,19 @@ class Pipeline:
     def encode(self, images: Sequence[Image.Image] | np.ndarray) -> list[np.ndarray]:
         """Token pyramid of images: K arrays int64 [B, n_k].
 
-        Pictures of any size are scaled and centre-cropped; an array is float [B, 3, R, R] in [0, 1].
+        Pictures of any size are scaled and centre-cropped; an array is float [B, 3, R, R] in [0, 1]. Raises
+        RequestError.
         """
         pixels = pixels_from_images(images, self.bundle.manifest.vqvae.image_size)
         return self._quantizer.tokens_from_features(self.engine.encode(pixels))
 
     def decode(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """Pixels [B, 3, R, R] in [0, 1] of a token pyramid (all scales, or the first few)."""
+        """Pixels [B, 3, R, R] in [0, 1] of a token pyramid (all scales, or the first few). Raises RequestError."""
         checked = request.token_pyramid(tokens, self.bundle.manifest.vqvae)
         return self.engine.decode(self._quantizer.features_from_tokens(checked))
 
     def reconstruct(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
-        """Images through encoder, all scales of the quantiser and decoder: pixels [B, 3, R, R] in [0, 1]."""
+        """What `encode` takes, through all scales of the quantiser and the decoder: pixels [B, 3, R, R] in [0, 1]."""
         return self.decode(self.encode(images))
 
 

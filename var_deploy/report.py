@@ -64,7 +64,7 @@ def bench(data: dict[str, Any]) -> None:
     """What `bench` timed."""
     console = Console()
     table = Table("batch", title=f"{data['engine']}, {data['precision']}: seconds per request, median (min–max)")
-    for title in ("generate", "images/s", "reference", "ratio", "PSS (MB)"):
+    for title in ("generate", "images/s", "reference", "ratio", "PSS", "peak RSS"):
         table.add_column(title, justify="right")
     for row in data["rows"]:
         table.add_row(
@@ -73,12 +73,13 @@ def bench(data: dict[str, Any]) -> None:
             f"{row['images_per_second']:.2f}",
             _spread(row["reference"]) if row["reference"] else "not run",
             f"{row['speedup']:.2f}×" if row["speedup"] else "",
-            _mega(row["pss_bytes"]) if row["pss_bytes"] else "",
+            *(_mega(row[size]) if row[size] else "" for size in ("pss_bytes", "peak_rss_bytes")),
         )
     console.print(table)
     for row in data["rows"]:
         stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["stages"].items())
         console.print(f"batch {row['batch']}, median seconds per stage: {stages}", soft_wrap=True)
+    console.print("PSS after the warm-up and peak RSS in MB, both before the reference was built", soft_wrap=True)
     console.print(f"timed: {data['timed']}", soft_wrap=True)
     console.print("machine: " + ", ".join(f"{key} {value}" for key, value in data["machine"].items()), soft_wrap=True)
 

@@ -22,8 +22,7 @@ MAX_GUIDANCE = 1000.0  # far beyond use, far from overflowing float32 logits
 def label_ids(labels: int | str | Sequence[int | str], manifest: Manifest) -> np.ndarray:
     """Class ids int64 [B] of one or several ids or class names."""
     names, count = manifest.class_names, manifest.var.num_classes
-    several = isinstance(labels, Sequence | np.ndarray) and not isinstance(labels, str)
-    entries: list[Any] = list(labels) if several else [labels]  # type: ignore[arg-type]
+    entries, _ = _listed(labels)
     if not entries:
         raise RequestError("labels: got none, expected at least one class")
     ids = []
@@ -32,7 +31,10 @@ def label_ids(labels: int | str | Sequence[int | str], manifest: Manifest) -> np
             if names is None or entry not in names:
                 known = ", ".join(names[:10]) + (", …" if count > 10 else "") if names else "ids only"
                 raise RequestError(f"class {entry!r} is unknown; this bundle knows {known} (ids 0 to {count - 1})")
-            entry = names.index(entry)
+            same = [i for i, name in enumerate(names) if name == entry]
+            if len(same) > 1:
+                raise RequestError(f"class {entry!r} is the name of several classes; give one of the ids {same}")
+            entry = same[0]
         if not _is_integer(entry) or not 0 <= entry < count:
             raise RequestError(f"class {entry!r} is out of range; expected an id from 0 to {count - 1}")
         ids.append(int(entry))
@@ -41,11 +43,10 @@ def label_ids(labels: int | str | Sequence[int | str], manifest: Manifest) -> np
 
 def seed_list(seeds: int | Sequence[int], count: int) -> list[int]:
     """One seed per image: s, s + 1, … from one integer, or as given."""
-    if _is_integer(seeds):
-        listed: list[Any] = [int(seeds) + i for i in range(count)]  # type: ignore[arg-type]
-    elif isinstance(seeds, Sequence | np.ndarray):
-        listed = list(seeds)
-    else:
+    listed, several = _listed(seeds)
+    if not several and _is_integer(listed[0]):
+        listed = [int(listed[0]) + i for i in range(count)]
+    elif not several:
         raise RequestError(f"seeds: got {seeds!r}, expected one integer or one per image")
     if len(listed) != count:
         raise RequestError(f"seeds: {len(listed)} for {count} images; give one integer, or one per image")
@@ -70,8 +71,7 @@ def settings(
     guidance = defaults.guidance if guidance is None else guidance
     top_k = defaults.top_k if top_k is None else top_k
     top_p = defaults.top_p if top_p is None else top_p
-    per_scale = isinstance(guidance, Sequence | np.ndarray)
-    values: list[Any] = list(guidance) if isinstance(guidance, Sequence | np.ndarray) else [guidance]
+    values, per_scale = _listed(guidance)
     if not all(_is_number(t) and 0 <= t <= MAX_GUIDANCE for t in values):
         raise RequestError(f"guidance: got {guidance!r}, expected numbers from 0 to {MAX_GUIDANCE:g}")
     if not per_scale:
@@ -88,9 +88,10 @@ def settings(
 
 def token_pyramid(tokens: Sequence[np.ndarray], config: VQVAEConfig) -> list[np.ndarray]:
     """All scales' tokens, or the first few scales': integers [B, n_k] inside the codebook."""
-    if not 1 <= len(tokens) <= config.num_scales:
-        raise RequestError(f"tokens: {len(tokens)} scales, expected 1 to {config.num_scales}")
-    arrays = [np.asarray(tokens_Bn) for tokens_Bn in tokens]
+    scales, _ = _listed(tokens)
+    if not 1 <= len(scales) <= config.num_scales:
+        raise RequestError(f"tokens: {len(scales)} scales, expected 1 to {config.num_scales}")
+    arrays = [np.asarray(tokens_Bn) for tokens_Bn in scales]
     for k, tokens_Bn in enumerate(arrays):
         expected = (max(len(np.atleast_1d(arrays[0])), 1), config.tokens_per_scale[k])
         if tokens_Bn.shape != expected:
@@ -100,6 +101,14 @@ def token_pyramid(tokens: Sequence[np.ndarray], config: VQVAEConfig) -> list[np.
         if tokens_Bn.min() < 0 or tokens_Bn.max() >= config.vocab_size:
             raise RequestError(f"tokens: scale {k} leaves the codebook's 0 to {config.vocab_size - 1}")
     return arrays
+
+
+def _listed(value: Any) -> tuple[list[Any], bool]:
+    """The entries of a sequence or array, or the one value; and whether it was several."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    return (list(value) if several else [value]), several
 
 
 def _is_integer(value: object) -> bool:

@@ -15,6 +15,8 @@ FLOAT, INT64 = "float32", "int64"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
+    """One input or output: name, numpy dtype name, shape."""
+
     name: str
     dtype: str
     shape: tuple[int | str, ...]
@@ -22,6 +24,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class GraphSpec:
+    """One graph: its file in the bundle, its inputs and outputs in order."""
+
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -33,6 +37,7 @@ def cache_names(depth: int) -> list[str]:
 
 
 def scale_graph_name(k: int) -> str:
+    """Name of the static graph of scale k."""
     return f"scale_{k:02d}"
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from var_deploy.config import HEAD_DIM, ConfigError, VARConfig, VQVAEConfig
+from var_deploy.config import HEAD_DIM, ConfigError, PhiLayout, VARConfig, VQVAEConfig
 from var_deploy.errors import CheckpointError
 from var_train import VAR, VQVAE
 from var_train.var import scale_index_and_mask
@@ -109,7 +109,7 @@ def read_state_dict(path: Path, kind: str) -> StateDict:
             known = sorted(map(str, trainer)) if isinstance(trainer, Mapping) else type(trainer).__name__
             raise CheckpointError(f"{path}: a training checkpoint without trainer.{key}; trainer holds {known}")
         content = trainer[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not _is_state_dict(content):
         held = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"{path}: no state dict found; got {held}, expected a dict of tensors or a training checkpoint "
@@ -119,6 +119,16 @@ def read_state_dict(path: Path, kind: str) -> StateDict:
     if _MARKER_KEYS[kind] not in content and _MARKER_KEYS[other] in content:
         raise CheckpointError(f"{path}: this is a {other} checkpoint, expected a {kind}; are the two files swapped?")
     return dict(content)
+
+
+#: What PyTorch's reader raises for a file whose bytes make no sense.
+_DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, AssertionError)
+
+
+def _is_state_dict(content: object) -> bool:
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
 
 
 def kind_of(path: Path) -> list[str]:
@@ -165,7 +175,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path}: damaged or truncated pickle; copy the file again") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or truncated safetensors file ({error}); copy it again") from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, IndexError) as error:
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged or truncated ({reason}); copy the file again") from error
     if not isinstance(content, Mapping):
@@ -190,7 +200,6 @@ def infer_var_config(state: StateDict, path: Path) -> VARConfig:
     patch_nums = tuple(math.isqrt(n) for n in counts)
     if [pn * pn for pn in patch_nums] != counts:
         raise CheckpointError(f"{path}: lvl_1L counts {counts} tokens per scale, expected square numbers")
-    blocks = {int(m.group(1)) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}
     embed_dim, z_channels = need("word_embed.weight", 2).shape
     scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
     if scale_mul is not None and scale_mul.dim() == 4 and scale_mul.shape[1] * HEAD_DIM != embed_dim:
@@ -204,7 +213,7 @@ def infer_var_config(state: StateDict, path: Path) -> VARConfig:
             vocab_size=need("head.weight", 2).shape[0],
             z_channels=z_channels,
             num_classes=need("class_emb.weight", 2).shape[0] - 1,
-            depth=max(blocks, default=-1) + 1,
+            depth=_count(state, path, r"blocks\.(\d+)\."),
             embed_dim=embed_dim,
             ffn_dim=need("blocks.0.ffn.fc1.weight", 2).shape[0],
             shared_aln=any(key.endswith(".ada_gss") for key in state),
@@ -226,21 +235,24 @@ def infer_vqvae_config(
             raise CheckpointError(f"{path}: {key} has shape {tuple(state[key].shape)}, expected {dims} axes")
         return state[key]
 
-    def indices(pattern: str) -> int:
-        """One more than the largest number that a key has where the pattern has its group."""
-        return 1 + max((int(m.group(1)) for key in state if (m := re.match(pattern, key))), default=-1)
-
     ch = need("encoder.conv_in.weight", 4).shape[0]
     widths = [
         need(f"encoder.down.{level}.block.0.conv1.weight", 4).shape[0]
-        for level in range(indices(r"encoder\.down\.(\d+)\."))
+        for level in range(_count(state, path, r"encoder\.down\.(\d+)\."))
     ]
-    partial, per_scale = indices(r"quantize\.quant_resi\.qresi_ls\.(\d+)\."), indices(r"quantize\.quant_resi\.(\d+)\.")
-    layout, num_phi = ("partial", partial) if partial else ("per_scale", per_scale) if per_scale else ("single", 1)
+    partial = _count(state, path, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    per_scale = _count(state, path, r"quantize\.quant_resi\.(\d+)\.")
+    if partial:
+        layout, num_phi = PhiLayout.PARTIAL, partial
+    elif per_scale:
+        layout, num_phi = PhiLayout.PER_SCALE, per_scale
+    else:
+        layout, num_phi = PhiLayout.SINGLE, 1
     vocab_size, z_channels = need("quantize.embedding.weight", 2).shape
     if patch_nums is None:
         usage = state.get("quantize.ema_vocab_hit_SV")
-        patch_nums = tuple(range(1, 1 + (usage.shape[0] if usage is not None and usage.shape[0] > 1 else 10)))
+        scales = len(usage) if usage is not None and usage.dim() == 2 and len(usage) > 1 else 10
+        patch_nums = tuple(range(1, 1 + scales))
     try:
         return VQVAEConfig(
             patch_nums=patch_nums,
@@ -248,13 +260,22 @@ def infer_vqvae_config(
             z_channels=z_channels,
             ch=ch,
             ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=indices(r"encoder\.down\.0\.block\.(\d+)\."),
+            num_res_blocks=_count(state, path, r"encoder\.down\.0\.block\.(\d+)\."),
             num_phi=num_phi,
             phi_layout=layout,
             using_znorm=using_znorm,
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _count(state: StateDict, path: Path, pattern: str) -> int:
+    """One more than the largest number that a key has where the pattern has its group. Raises CheckpointError."""
+    numbers = [int(match.group(1)) for key in state if (match := re.match(pattern, key))]
+    count = 1 + max(numbers, default=-1)
+    if count > len(state):  # said before a model of that many parts is built
+        raise CheckpointError(f"{path}: a key numbers part {count - 1} of a state dict with {len(state)} keys")
+    return count
 
 
 def _check_against(state: StateDict, expected: Mapping[str, Tensor], path: Path, kind: str) -> None:

@@ -141,14 +141,9 @@ def _vqvae_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     """Codebook, stacked φ, and the convolutions as they are."""
     config, state = pair.vqvae, pair.vqvae_state
     C, P = config.z_channels, config.num_phi
-    prefix = {
-        "partial": "quantize.quant_resi.qresi_ls.{i}",
-        "single": "quantize.quant_resi.qresi",
-        "per_scale": "quantize.quant_resi.{i}",
-    }[config.phi_layout]
 
     def phi(leaf: str) -> Tensor:
-        return torch.cat([state[f"{prefix.format(i=i)}.{leaf}"].float() for i in range(P)])
+        return torch.cat([state[f"{config.phi_key(i)}.{leaf}"].float() for i in range(P)])
 
     def phi_weight() -> Tensor:
         identity = torch.zeros(C, C, 3, 3)

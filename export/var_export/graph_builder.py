@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from var_deploy.bundle import WEIGHTS
 from var_deploy.signature import GraphSpec, TensorSpec
 
 from .weights_file import WeightsLayout
 
 OPSET = 24
 IR_VERSION = 10
-WEIGHTS_FILE = "weights.safetensors"
 
 _DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 
@@ -47,9 +47,7 @@ class GraphBuilder:
             shape = (rows[1] - rows[0], *shape[1:])
             name = f"{name}[{rows[0]}:{rows[1]}]"
         if name not in self._initializers:
-            tensor = ir.ExternalTensor(
-                WEIGHTS_FILE, offset, length, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name
-            )
+            tensor = ir.ExternalTensor(WEIGHTS, offset, length, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
             self._add_initializer(name, tensor)
         return self._initializers[name]
 

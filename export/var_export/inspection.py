@@ -34,7 +34,8 @@ def inspect_checkpoint(path: Path, batches: Sequence[int] = (1, 8, 64)) -> dict[
         data["var"] = {**config_to_dict(var), "parameters": _parameters(state), "dtypes": _dtypes(state)}
     if "VQVAE" in kinds:
         vqvae, state = load_vqvae(path, patch_nums)
-        parameters += _parameters(state)
+        # The encoder is loaded when first used; the plan is one of generating.
+        parameters += _parameters({k: v for k, v in state.items() if not k.startswith(("encoder.", "quant_conv."))})
         described = {**config_to_dict(vqvae), "parameters": _parameters(state), "dtypes": _dtypes(state)}
         if patch_nums is None:  # a VQVAE file alone does not say its scales
             described["patch_nums"] = None

@@ -18,6 +18,7 @@ import var_deploy
 from var_deploy.bundle import Bundle
 from var_deploy.errors import CheckpointError, RequestError
 from var_deploy.pipeline import Pipeline
+from var_deploy.request import MAX_GUIDANCE
 from var_train import Generation, generate
 
 from .checkpoint import load_pair
@@ -83,6 +84,8 @@ def verify_bundle(
     for name, ours, theirs in (("VAR", bundle.manifest.var, pair.var), ("VQVAE", bundle.manifest.vqvae, pair.vqvae)):
         if ours != theirs:
             raise CheckpointError(f"the bundle is of another model: its {name} is {ours}, the checkpoint's is {theirs}")
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise RequestError(f"guidance: got {guidance}, expected a number from 0 to {MAX_GUIDANCE:g}")
     if labels is None:
         labels = [0, pair.var.num_classes - 1]
     if not all(0 <= label < pair.var.num_classes for label in labels):

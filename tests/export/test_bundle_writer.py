@@ -284,7 +284,8 @@ def test_file_size_limit_of_the_system_leaves_nothing(tiny_pair, place):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 def test_killed_export_never_leaves_the_final_name(tiny_pair, place, number):
     body = """
-        import time
+        import signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in children of a background shell
         def stop_there(what, done, total):
             if what == "scale_01.onnx":
                 print("writing", flush=True)
@@ -305,6 +306,30 @@ def test_killed_export_never_leaves_the_final_name(tiny_pair, place, number):
         assert files(place) == []
     else:  # no chance to clean up: what is left is hidden and says what it is
         assert [name.startswith(".b.partial-") for name in files(place)] == [True]
+
+
+def test_terminated_command_leaves_nothing(tiny_pair, place):
+    body = """
+        import time
+        import var_deploy.cli, var_export.bundle
+        def stop_there(*_):
+            print("writing", flush=True)
+            time.sleep(100)
+        var_export.bundle.write_weights = stop_there
+        sys.argv = ["var-deploy", "export", "--var", var, "--vae", vqvae, "--out", out]
+        var_deploy.cli.main()
+    """
+    command = script(body, *tiny_pair[1:], place / "b")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout.readline() == "writing\n"
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert files(place) == []
 
 
 def test_leftover_of_a_killed_export_does_not_disturb_the_next_one(tiny_checkpoints, place):

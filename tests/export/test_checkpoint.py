@@ -314,6 +314,26 @@ def test_trainer_that_is_no_dict_is_refused(write_pth, trainer):
         load_var(write_pth({"trainer": trainer}))
 
 
+def test_keys_that_are_no_text_are_refused(write_pth):
+    with pytest.raises(CheckpointError, match="no state dict found"):
+        load_var(write_pth({1: torch.zeros(2), "word_embed.weight": torch.zeros(2, 2)}))
+
+
+def test_well_formed_pickle_with_wrong_arguments_is_refused(tmp_path):
+    path = tmp_path / "ordered.pth"
+    # collections.OrderedDict(5): a global that the safe reader allows, called in a way that fails.
+    path.write_bytes(b"\x80\x02ccollections\nOrderedDict\nK\x05\x85R.")
+    with pytest.raises(CheckpointError, match=r"ordered\.pth: damaged or truncated"):
+        load_var(path)
+
+
+def test_usage_statistics_without_axes_are_a_problem_of_the_file(tiny, write_pth):
+    _, _, _, vqvae_state = tiny
+    vqvae_state = {**vqvae_state, "quantize.ema_vocab_hit_SV": torch.tensor(1.0)}
+    with pytest.raises(CheckpointError, match=r"ema_vocab_hit_SV has shape \(\)"):
+        load_vqvae(write_pth(vqvae_state))
+
+
 def test_dict_without_tensors_says_what_it_holds(write_pth):
     with pytest.raises(
         CheckpointError, match=r"no state dict found; got \['lr', 'steps'\], expected a dict of tensors"
@@ -464,7 +484,12 @@ def flat_head(state: dict) -> None:
     state["head.weight"] = state["head.weight"].reshape(-1)
 
 
+def block_of_a_million(state: dict) -> None:
+    state["blocks.999999.ffn.fc1.weight"] = torch.zeros(1)
+
+
 BAD_VAR_STATES = {
+    "absurd_block": (block_of_a_million, "a key numbers part 999999 of a state dict with"),
     "positions_swapped": (level(swap_two_positions), "lvl_1L does not hold the block-causal layout of scales"),
     "not_square": (level(one_more_of_scale_two), r"lvl_1L counts \[1, 4, 10, 15\] tokens per scale, expected square"),
     "absurd_level": (level(absurdly_large), "lvl_1L does not hold the scale index of each token"),

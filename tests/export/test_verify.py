@@ -156,6 +156,12 @@ def test_nan_counts_as_failure(small_bundle, small_paths, monkeypatch, method):
     assert not verify_bundle(small_bundle, *small_paths).passed
 
 
+@pytest.mark.parametrize("guidance", [float("nan"), -1.0, float("inf")])
+def test_impossible_guidance_is_refused(small_bundle, small_paths, guidance):
+    with pytest.raises(RequestError, match=r"guidance: got .*, expected a number from 0 to 1000"):
+        verify_bundle(small_bundle, *small_paths, guidance=guidance)
+
+
 def test_nan_features_count_as_failure(small_bundle, small_paths, monkeypatch):
     original = OnnxEngine.encode
     monkeypatch.setattr(OnnxEngine, "encode", lambda self, pixels: np.nan * original(self, pixels))

@@ -164,7 +164,7 @@ def test_generate_into_a_directory_names_class_and_seed(tiny_bundle, tmp_path):
         (["--class", 1, "--engine", "warp", "--out", "x.png"], "unknown engine 'warp'; known: auto, onnx"),
         (
             ["--class", 1, "--out", "x.docx"],
-            "x.docx: unknown picture format '.docx'; use .png or .jpg, or a directory name",
+            "x.docx: unknown picture format '.docx'; use .png, .jpg, .jpeg, .webp, or a directory name",
         ),
         (
             ["--class", 1, "--out", "x.png", "--steps-gif", "steps.mov"],
@@ -174,8 +174,23 @@ def test_generate_into_a_directory_names_class_and_seed(tiny_bundle, tmp_path):
             ["--class", 1, "--out", "occupied/x.png"],
             "occupied/x.png: cannot write (",
         ),
+        (
+            ["--class", 1, "--out", f"new/deeper/{'x' * 300}.png"],
+            "cannot write (File name too long)",
+        ),
     ],
-    ids=["class", "digit", "seed", "guidance-list", "guidance", "engine", "format", "gif", "not-a-directory"],
+    ids=[
+        "class",
+        "digit",
+        "seed",
+        "guidance-list",
+        "guidance",
+        "engine",
+        "format",
+        "gif",
+        "not-a-directory",
+        "too-long",
+    ],
 )
 def test_a_wrong_request_is_one_line_and_leaves_nothing(tiny_bundle, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
@@ -197,6 +212,12 @@ def test_wrong_usage_exits_with_two(arguments):
     assert result.returncode == 2
     assert "Usage" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_inspecting_weights_that_are_no_safetensors_is_one_line(tiny_copy, reseal):
+    (tiny_copy / "weights.safetensors").write_bytes(b"garbage of some length")
+    reseal(tiny_copy, "weights.safetensors")
+    assert f"{tiny_copy / 'weights.safetensors'}: " in _fail("inspect", tiny_copy)
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import var_deploy
 from golden import GOLDEN_NAMES, Golden
-from var_deploy.engines.onnx import GRAPHS
+from var_deploy.engines import Graphs
 
 # float32 on a CPU; the vectors come from another build of the same operations.
 ATOL = 1e-4
@@ -17,7 +18,7 @@ ATOL = 1e-4
 Case = tuple[Golden, var_deploy.Pipeline]
 
 
-@pytest.fixture(scope="module", params=[(name, graphs) for name in GOLDEN_NAMES for graphs in GRAPHS], ids="-".join)
+@pytest.fixture(scope="module", params=list(itertools.product(GOLDEN_NAMES, Graphs)), ids="-".join)
 def case(request: pytest.FixtureRequest) -> Case:
     name, graphs = request.param
     golden: Golden = request.getfixturevalue(f"{name}_pair")[0]

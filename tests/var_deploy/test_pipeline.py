@@ -239,6 +239,21 @@ def test_an_unknown_name_lists_the_known_ones(named: Pipeline):
     assert str(caught.value) == f"class 'ten' is unknown; this bundle knows {known}"
 
 
+def test_a_name_of_several_classes_is_refused(pipe: Pipeline):
+    names = ("crane",) * 2 + tuple(str(i) for i in range(2, 10))
+    manifest = dataclasses.replace(pipe.bundle.manifest, class_names=names)
+    twice = Pipeline(dataclasses.replace(pipe.bundle, manifest=manifest), pipe.engine)
+    with pytest.raises(RequestError) as caught:
+        twice.generate("crane")
+    assert str(caught.value) == "class 'crane' is the name of several classes; give one of the ids [0, 1]"
+
+
+def test_scalars_of_numpy_are_scalars(pipe: Pipeline):
+    plain = pipe.generate(3, seeds=4, guidance=2.0)
+    arrays = pipe.generate(np.array(3), seeds=np.array(4), guidance=np.array(2.0))
+    np.testing.assert_array_equal(arrays.pixels, plain.pixels)
+
+
 # ---- wrong requests --------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +275,7 @@ def test_an_unknown_name_lists_the_known_ones(named: Pipeline):
         ({"seeds": [1, False]}, "seeds: got False, expected integers from 0 to 2⁶⁴ − 1"),
         ({"seeds": 1.5}, "seeds: got 1.5, expected one integer or one per image"),
         ({"seeds": None}, "seeds: got None, expected one integer or one per image"),
-        ({"seeds": "ab"}, "seeds: got 'a', expected integers from 0 to 2⁶⁴ − 1"),
+        ({"seeds": "ab"}, "seeds: got 'ab', expected one integer or one per image"),
         ({"guidance": -0.1}, "guidance: got -0.1, expected numbers from 0 to 1000"),
         ({"guidance": float("nan")}, "guidance: got nan, expected numbers from 0 to 1000"),
         ({"guidance": float("inf")}, "guidance: got inf, expected numbers from 0 to 1000"),
@@ -301,6 +316,7 @@ def _with(k: int, value: Any) -> list[Any]:
         ([*_pyramid(), np.zeros((2, 25), int)], "tokens: 5 scales, expected 1 to 4"),
         (_with(2, np.zeros((2, 8), int)), "tokens: scale 2 has shape (2, 8), expected (2, 9)"),
         (_with(1, np.zeros((3, 4), int)), "tokens: scale 1 has shape (3, 4), expected (2, 4)"),
+        (3, "tokens: scale 0 has shape (), expected (1, 1)"),
         (_with(0, np.zeros(2, int)), "tokens: scale 0 has shape (2,), expected (2, 1)"),
         (_with(0, np.zeros((0, 1), int)), "tokens: scale 0 has shape (0, 1), expected (1, 1)"),
         (_with(3, np.zeros((2, 16))), "tokens: scale 3 is float64, expected integers"),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_deploy.config import VQVAEConfig
+from var_deploy.config import PhiLayout, VQVAEConfig
 
 
 class Phi(nn.Conv2d):
@@ -26,10 +26,10 @@ class Phi(nn.Conv2d):
 def _phi_modules(config: VQVAEConfig) -> nn.Module:
     """The φ convolutions under the state-dict keys that the checkpoint's layout uses."""
     convs = [Phi(config.z_channels) for _ in range(config.num_phi)]
-    if config.phi_layout == "per_scale":
+    if config.phi_layout is PhiLayout.PER_SCALE:
         return nn.ModuleList(convs)
     holder = nn.Module()
-    if config.phi_layout == "single":
+    if config.phi_layout is PhiLayout.SINGLE:
         holder.qresi = convs[0]
     else:
         holder.qresi_ls = nn.ModuleList(convs)

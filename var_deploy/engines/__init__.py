@@ -1,6 +1,6 @@
 """Engines: what runs a bundle's graphs."""
 
 from .choice import engine_for
-from .engine import Engine, State
+from .engine import Engine, Graphs, State
 
-__all__ = ["Engine", "State", "engine_for"]
+__all__ = ["Engine", "Graphs", "State", "engine_for"]

@@ -6,9 +6,17 @@ feature map.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
+
+
+class Graphs(StrEnum):
+    """Which scale graphs run: the one symbolic graph for all scales, or the static graph of each."""
+
+    SYMBOLIC = "symbolic"
+    STATIC = "static"
 
 
 class State(Protocol):

@@ -11,30 +11,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from ..bundle import Bundle
+from ..config import HEAD_DIM
 from ..errors import EngineError
 from ..signature import cache_names, scale_graph_name
+from .engine import Graphs
 
-GRAPHS = ("symbolic", "static")
+#: A single row of a single token (one unguided image in `condition` and at scale 0) takes ONNX Runtime's matrix-vector
+#: kernel, whose sums round differently. A spare row there keeps an image independent of the batch it came in.
+MIN_ROWS = 2
 
 
 @dataclass(slots=True)
 class OnnxState:
-    """Buffers of one generation, owned here and bound to every step."""
+    """Buffers of one generation, owned here and bound to every step; they have at least MIN_ROWS rows."""
 
-    conditions: dict[str, Any]  # modulation, head_modulation, start as OrtValues
-    caches: dict[str, Any]  # name → OrtValue [R, H, L, 64]; filled scale by scale, never copied
+    rows: int  # R
+    conditions: dict[str, np.ndarray]  # modulation, head_modulation, start
+    caches: dict[str, np.ndarray]  # name → [R, H, L, 64]; filled scale by scale, never copied
     f_hat: list[np.ndarray]  # two buffers [R, C, h, h]: a step reads one and writes the other
     turn: int = 0  # which of the two holds the current f_hat
 
     @property
     def f_hat_RChh(self) -> np.ndarray:
-        return self.f_hat[self.turn]
+        return self.f_hat[self.turn][: self.rows]
 
 
 class OnnxEngine:
@@ -42,15 +48,16 @@ class OnnxEngine:
 
     name = "onnx"
 
-    def __init__(self, bundle: Bundle, *, graphs: str, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, *, graphs: Graphs, threads: int | None) -> None:
         self._bundle = bundle
         self._threads = threads
-        self._symbolic = graphs == "symbolic"
+        self._symbolic = graphs is Graphs.SYMBOLIC
         # Read once per image with few rows, so packing would cost load time and memory for nothing.
         self._condition = self._session("condition", prepack=False)
         self._finish = self._session("finish")
         self._decoder = self._session("decoder")
         self._encoder: ort.InferenceSession | None = None  # made at the first encode: few callers need it
+        self._encoder_lock = Lock()
         if self._symbolic:
             shared = self._session("scales")
             self._scales = [shared] * bundle.manifest.var.num_scales
@@ -60,33 +67,33 @@ class OnnxEngine:
 
     def begin(self, labels_R: np.ndarray) -> OnnxState:
         config, R = self._bundle.manifest.var, len(labels_R)
+        labels_R = np.resize(labels_R.astype(np.int64), max(R, MIN_ROWS))
         names = [spec.name for spec in self._bundle.manifest.graphs["condition"].outputs]
         with _named_errors("condition"):
-            values = self._condition.run_with_ort_values(names, {"labels": _ort_value(labels_R.astype(np.int64))})
-        cache_shape = (R, config.num_heads, config.num_tokens, 64)
-        caches = {
-            name: ort.OrtValue.ortvalue_from_shape_and_type(cache_shape, np.float32)
-            for name in cache_names(config.depth)
-        }
-        f_hat_shape = (R, config.z_channels, config.latent_size, config.latent_size)
+            values = self._condition.run(names, {"labels": labels_R})
+        cache_shape = (len(labels_R), config.num_heads, config.num_tokens, HEAD_DIM)
+        caches = {name: np.empty(cache_shape, dtype=np.float32) for name in cache_names(config.depth)}
+        f_hat_shape = (len(labels_R), config.z_channels, config.latent_size, config.latent_size)
         f_hat = [np.zeros(f_hat_shape, dtype=np.float32) for _ in range(2)]
-        return OnnxState(dict(zip(names, values, strict=True)), caches, f_hat)
+        return OnnxState(R, dict(zip(names, values, strict=True)), caches, f_hat)
 
     def step(self, state: OnnxState, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
         config = self._bundle.manifest.var
-        R = len(state.f_hat_RChh)
+        n_k = config.tokens_per_scale[k]
+        rows = max(state.rows, MIN_ROWS) if n_k == 1 else state.rows
         spec = self._bundle.manifest.graphs["scales" if self._symbolic else scale_graph_name(k)]
         if codes_RnC is None:  # the symbolic graph takes codes at every scale and ignores them at the first
-            codes_RnC = np.zeros((R, config.tokens_per_scale[0], config.z_channels), dtype=np.float32)
-        logits_RnV = np.empty((R, config.tokens_per_scale[k], config.vocab_size), dtype=np.float32)
+            codes_RnC = np.zeros((rows, n_k, config.z_channels), dtype=np.float32)
+        logits_RnV = np.empty((rows, n_k, config.vocab_size), dtype=np.float32)
+        caches = {name: _ort_value(cache[:rows]) for name, cache in state.caches.items()}
         values = {
-            **state.conditions,
-            **state.caches,
-            **{f"{name}.out": cache for name, cache in state.caches.items()},  # the same buffer: updated in place
+            **{name: _ort_value(condition[:rows]) for name, condition in state.conditions.items()},
+            **caches,
+            **{f"{name}.out": cache for name, cache in caches.items()},  # the same buffer: updated in place
             "scale": _ort_value(np.array([k], dtype=np.int64)),
             "codes": _ort_value(np.ascontiguousarray(codes_RnC, dtype=np.float32)),
-            "f_hat": _ort_value(state.f_hat[state.turn]),
-            "f_hat.out": _ort_value(state.f_hat[1 - state.turn]),
+            "f_hat": _ort_value(state.f_hat[state.turn][:rows]),
+            "f_hat.out": _ort_value(state.f_hat[1 - state.turn][:rows]),
             "logits": _ort_value(logits_RnV),
         }
         binding = self._scales[k].io_binding()
@@ -94,11 +101,11 @@ class OnnxEngine:
             binding.bind_ortvalue_input(tensor.name, values[tensor.name])
         for tensor in spec.outputs:
             binding.bind_ortvalue_output(tensor.name, values[tensor.name])
-        with _named_errors(f"scale {k}, {R} rows"):
+        with _named_errors(f"scale {k}, {rows} rows"):
             self._scales[k].run_with_iobinding(binding)
         if any(tensor.name == "f_hat.out" for tensor in spec.outputs):
             state.turn = 1 - state.turn
-        return logits_RnV
+        return logits_RnV[: state.rows]
 
     def finish(self, state: OnnxState, codes_BnC: np.ndarray) -> np.ndarray:
         f_hat_BChh = state.f_hat_RChh[: len(codes_BnC)]
@@ -106,12 +113,13 @@ class OnnxEngine:
             return self._finish.run(None, {"codes": codes_BnC, "f_hat": f_hat_BChh})[0]
 
     def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
-        return _one_by_one(self._decoder, "f_hat", f_hat_BChh)
+        return _one_by_one(self._decoder, "decoder", "f_hat", f_hat_BChh)
 
     def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
-        if self._encoder is None:
-            self._encoder = self._session("encoder")
-        return _one_by_one(self._encoder, "pixels", pixels_B3RR)
+        with self._encoder_lock:
+            if self._encoder is None:
+                self._encoder = self._session("encoder")
+        return _one_by_one(self._encoder, "encoder", "pixels", pixels_B3RR)
 
     def _session(self, name: str, *, prepack: bool = True) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -130,7 +138,7 @@ def _named_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EngineError(f"{what}: ONNX Runtime {ort.__version__} failed: {reason}") from error
 
 
@@ -139,7 +147,7 @@ def _ort_value(array: np.ndarray) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _one_by_one(session: ort.InferenceSession, name: str, batch: np.ndarray) -> np.ndarray:
+def _one_by_one(session: ort.InferenceSession, graph: str, name: str, batch: np.ndarray) -> np.ndarray:
     """Runs a convolutional graph image by image: on a CPU a batch is no faster, and activations are the memory peak."""
-    with _named_errors(f"{name}, one image"):
+    with _named_errors(graph):
         return np.concatenate([session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))])
