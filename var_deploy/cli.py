@@ -69,7 +69,7 @@ def export(
     exporter = _needs("var_export.bundle", "export")
     names = _class_names(classes) if classes else None
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=_stderr(), transient=True) as bar:
+    with Progress(*columns, console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading checkpoints", total=None)
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -128,7 +128,7 @@ def generate(
     names = pipe.bundle.manifest.class_names or ()
     labels = [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
     frames = []
-    with Progress(console=_stderr(), transient=True) as bar:
+    with Progress(console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("scales", total=pipe.bundle.manifest.var.num_scales)
 
         def on_scale(preview: Preview) -> None:
