@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from safetensors.numpy import save_file
 
 from golden import Golden, rule_state_dicts
 from var_deploy.bundle import MANIFEST, sha256_of
 
-# Machines that run tests are busy: a slow example is no failure.
-settings.register_profile("var_deploy", deadline=None)
+# Machines that run tests are busy: a slow example is no failure. CI tries the same examples every time.
+settings.register_profile("var_deploy", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("var_deploy")
 
 Pair = tuple[Golden, Path, Path]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers in every run and in any order."""
+    torch.manual_seed(0)
 
 
 def write_golden_pair(directory: Path, name: str) -> tuple[Path, Path]:
