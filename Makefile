@@ -38,12 +38,12 @@ digits: $(READY)
 	$(BIN)/python -m var_train.digits quality --var out/digits_checkpoints/digits_var.safetensors \
 		--vae out/digits_checkpoints/digits_vqvae.safetensors
 
-# The d16 row of docs/results/cpu.md, with random weights.
+# The timings of docs/results/cpu.md, with random weights.
 bench-cpu: $(READY)
 	rm -rf out/d16
 	$(BIN)/python -m var_train.presets d16 --out out/d16
 	$(BIN)/var-deploy export --var out/d16/var_d16.pth --vae out/d16/vae_d16.pth --out out/d16/bundle
-	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --repeats 5
+	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --batch 4 --repeats 5
 	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --repeats 5 --graphs static --no-reference
 
 clean:

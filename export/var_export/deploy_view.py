@@ -22,7 +22,7 @@ from torch import Tensor
 
 from var_train.var import MAX_SCALE_MUL
 
-from .checkpoint import CheckpointPair
+from .checkpoint import CheckpointPair, StateDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,43 +52,47 @@ def deploy_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     return weights
 
 
+def _read(state: StateDict, key: str) -> Tensor:
+    return state[key].float()
+
+
+def _transposed(state: StateDict, key: str) -> Tensor:
+    return _read(state, key).T
+
+
 def _condition_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     """What depends on the class alone: embedding, first tokens, AdaLN projections."""
     config, state = pair.var, pair.var_state
     D, depth, n_0 = config.embed_dim, config.depth, config.tokens_per_scale[0]
 
-    def read(key: str) -> Tensor:
-        return state[key].float()
-
-    def transposed(key: str) -> Tensor:
-        return read(key).T
-
     def plus(key: str, constant: Tensor) -> Tensor:
-        return read(key) + constant
+        return _read(state, key) + constant
 
     def start_position() -> Tensor:
-        return (read("pos_start") + read("lvl_embed.weight")[0] + read("pos_1LC")[:, :n_0])[0]
+        return (_read(state, "pos_start") + _read(state, "lvl_embed.weight")[0] + _read(state, "pos_1LC")[:, :n_0])[0]
 
     # The six modulations are gamma1, gamma2, scale1, scale2, shift1, shift2: the scales are rows 2 and 3.
     one_6D = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]).repeat_interleave(D)
     one_2D = torch.tensor([1.0, 0.0]).repeat_interleave(D)
 
     weights = {
-        "class_emb.weight": LazyWeight((config.num_classes + 1, D), partial(read, "class_emb.weight")),
+        "class_emb.weight": LazyWeight((config.num_classes + 1, D), partial(_read, state, "class_emb.weight")),
         "start_position": LazyWeight((n_0, D), start_position),
     }
     if config.shared_aln:
-        weights["shared_ada_lin.weight"] = LazyWeight((D, 6 * D), partial(transposed, "shared_ada_lin.1.weight"))
+        weights["shared_ada_lin.weight"] = LazyWeight(
+            (D, 6 * D), partial(_transposed, state, "shared_ada_lin.1.weight")
+        )
         weights["shared_ada_lin.bias"] = LazyWeight((6 * D,), partial(plus, "shared_ada_lin.1.bias", one_6D))
         weights["ada_gss"] = LazyWeight(
-            (1, depth, 6, D), lambda: torch.cat([read(f"blocks.{i}.ada_gss") for i in range(depth)], dim=1)
+            (1, depth, 6, D), lambda: torch.cat([_read(state, f"blocks.{i}.ada_gss") for i in range(depth)], dim=1)
         )
     else:
         for i in range(depth):
             key = f"blocks.{i}.ada_lin"
-            weights[f"{key}.weight"] = LazyWeight((D, 6 * D), partial(transposed, f"{key}.1.weight"))
+            weights[f"{key}.weight"] = LazyWeight((D, 6 * D), partial(_transposed, state, f"{key}.1.weight"))
             weights[f"{key}.bias"] = LazyWeight((6 * D,), partial(plus, f"{key}.1.bias", one_6D))
-    weights["head_nm.ada_lin.weight"] = LazyWeight((D, 2 * D), partial(transposed, "head_nm.ada_lin.1.weight"))
+    weights["head_nm.ada_lin.weight"] = LazyWeight((D, 2 * D), partial(_transposed, state, "head_nm.ada_lin.1.weight"))
     weights["head_nm.ada_lin.bias"] = LazyWeight((2 * D,), partial(plus, "head_nm.ada_lin.1.bias", one_2D))
     return weights
 
@@ -98,30 +102,24 @@ def _scale_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
     config, state = pair.var, pair.var_state
     D, n_0 = config.embed_dim, config.tokens_per_scale[0]
 
-    def read(key: str) -> Tensor:
-        return state[key].float()
-
-    def transposed(key: str) -> Tensor:
-        return read(key).T
-
     def position() -> Tensor:
-        level_LD = read("lvl_embed.weight")[state["lvl_1L"][0].long()]
-        return (level_LD + read("pos_1LC")[0] + read("word_embed.bias"))[n_0:]
+        level_LD = _read(state, "lvl_embed.weight")[state["lvl_1L"][0].long()]
+        return (level_LD + _read(state, "pos_1LC")[0] + _read(state, "word_embed.bias"))[n_0:]
 
     def qkv_bias(attn: str) -> Tensor:
-        return torch.cat([read(f"{attn}.{part}") for part in ("q_bias", "zero_k_bias", "v_bias")])
+        return torch.cat([_read(state, f"{attn}.{part}") for part in ("q_bias", "zero_k_bias", "v_bias")])
 
     def q_scale(attn: str) -> Tensor:
-        return read(f"{attn}.scale_mul_1H11").clamp_max(MAX_SCALE_MUL).exp()[0]
+        return _read(state, f"{attn}.scale_mul_1H11").clamp_max(MAX_SCALE_MUL).exp()[0]
 
     weights = {
-        "word_embed.weight": LazyWeight((config.z_channels, D), partial(transposed, "word_embed.weight")),
+        "word_embed.weight": LazyWeight((config.z_channels, D), partial(_transposed, state, "word_embed.weight")),
         "position": LazyWeight((config.num_tokens - n_0, D), position),
     }
     for i in range(config.depth):
         attn, ffn = f"blocks.{i}.attn", f"blocks.{i}.ffn"
 
-        weights[f"{attn}.qkv.weight"] = LazyWeight((D, 3 * D), partial(transposed, f"{attn}.mat_qkv.weight"))
+        weights[f"{attn}.qkv.weight"] = LazyWeight((D, 3 * D), partial(_transposed, state, f"{attn}.mat_qkv.weight"))
         weights[f"{attn}.qkv.bias"] = LazyWeight((3 * D,), partial(qkv_bias, attn))
         if config.attn_l2_norm:
             weights[f"{attn}.q_scale"] = LazyWeight((config.num_heads, 1, 1), partial(q_scale, attn))
@@ -130,10 +128,10 @@ def _scale_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
             (f"{ffn}.fc1", D, config.ffn_dim),
             (f"{ffn}.fc2", config.ffn_dim, D),
         ):
-            weights[f"{key}.weight"] = LazyWeight((K, N), partial(transposed, f"{key}.weight"))
-            weights[f"{key}.bias"] = LazyWeight((N,), partial(read, f"{key}.bias"))
-    weights["head.weight"] = LazyWeight((D, config.vocab_size), partial(transposed, "head.weight"))
-    weights["head.bias"] = LazyWeight((config.vocab_size,), partial(read, "head.bias"))
+            weights[f"{key}.weight"] = LazyWeight((K, N), partial(_transposed, state, f"{key}.weight"))
+            weights[f"{key}.bias"] = LazyWeight((N,), partial(_read, state, f"{key}.bias"))
+    weights["head.weight"] = LazyWeight((D, config.vocab_size), partial(_transposed, state, "head.weight"))
+    weights["head.bias"] = LazyWeight((config.vocab_size,), partial(_read, state, "head.bias"))
     return weights
 
 

@@ -15,13 +15,12 @@ import onnx_ir as ir
 from var_deploy.config import HEAD_DIM, VARConfig, VQVAEConfig
 from var_deploy.interpolation import area_matrix, bicubic_matrix
 from var_deploy.signature import GraphSpec, cache_names, graph_specs, scale_graph_name
-from var_train.var import LN_EPS
+from var_train.var import LN_EPS, PLAIN_SCALE
 
 from .graph_builder import GraphBuilder
 from .weights_file import WeightsLayout
 
 L2_EPS = 1e-12  # of PyTorch's normalize
-PLAIN_SCALE = 0.25 / HEAD_DIM**0.5
 
 
 def condition_graph(var: VARConfig, spec: GraphSpec, layout: WeightsLayout) -> ir.Model:

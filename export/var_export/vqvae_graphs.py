@@ -12,11 +12,10 @@ import onnx_ir as ir
 
 from var_deploy.config import GROUPS, VQVAEConfig
 from var_deploy.signature import GraphSpec
+from var_train.vqvae import NORM_EPS
 
 from .graph_builder import GraphBuilder
 from .weights_file import WeightsLayout
-
-NORM_EPS = 1e-6
 
 
 def decoder_graph(vqvae: VQVAEConfig, spec: GraphSpec, layout: WeightsLayout) -> ir.Model:

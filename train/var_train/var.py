@@ -19,6 +19,7 @@ KVCache = list[tuple[Tensor, Tensor]]
 
 MAX_SCALE_MUL = math.log(100.0)  # cap of the learned attention scale, in log space
 LN_EPS = 1e-6
+PLAIN_SCALE = 0.25 / math.sqrt(HEAD_DIM)  # softmax scale without L2 normalisation
 
 
 class DropPath(nn.Module):
@@ -64,7 +65,7 @@ class SelfAttention(nn.Module):
             q_BHnd = F.normalize(q_BHnd, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_SCALE_MUL).exp()
             k_BHnd = F.normalize(k_BHnd, dim=-1)
         else:
-            scale = 0.25 / math.sqrt(HEAD_DIM)
+            scale = PLAIN_SCALE
         if past is not None:
             k_BHnd = torch.cat([past[0], k_BHnd], dim=2)
             v_BHnd = torch.cat([past[1], v_BHnd], dim=2)

@@ -17,9 +17,11 @@ from var_deploy.config import GROUPS, VQVAEConfig
 
 from .quantizer import MultiScaleQuantizer
 
+NORM_EPS = 1e-6  # of every GroupNorm
+
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(GROUPS, channels, eps=NORM_EPS)
 
 
 def _conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
