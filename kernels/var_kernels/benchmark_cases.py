@@ -1,0 +1,291 @@
+"""What the benchmark runs: for every operation its buffers and traffic, and the sizes in the order of what they tell.
+
+`uniforms` has no case: it runs once per request, and no library call computes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import benchmark_eager as eager
+from .benchmark_setup import FP32, GUIDANCE, TOP_K, TOP_P, Case, Inputs, Results, Setup
+from .reference import HEAD_DIM, resampling_taps
+
+SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the published 256 px models
+SMALL_SCALE, LAST_SCALE = 3, 9
+L, V, C = 680, 4096, 32
+WIDTH = {"d16": 1024, "d30": 1920}
+MAPS = ((256, 160), (64, 320), (16, 640))  # side and channels of the decoder's feature maps
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """All cases in one storage type, the most telling first: one image and 64, last scale, then the rest."""
+    grid = [
+        ("d16", 1, LAST_SCALE),
+        ("d30", 64, LAST_SCALE),
+        ("d16", 1, SMALL_SCALE),
+        ("d16", 64, LAST_SCALE),
+        ("d30", 1, LAST_SCALE),
+        ("d30", 1, SMALL_SCALE),
+        ("d16", 64, SMALL_SCALE),
+        ("d30", 64, SMALL_SCALE),
+    ]
+    seen = set()
+    for i, (model, batch, k) in enumerate(grid):
+        for case in _cases_of(model, batch, k, dtype, MAPS if i >= 2 else MAPS[:1]):
+            if case.name not in seen:
+                seen.add(case.name)
+                yield case
+
+
+def quick_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The first case of each operation and variant."""
+    seen = set()
+    for case in cases(dtype):
+        if (case.operation, case.variant) not in seen:
+            seen.add((case.operation, case.variant))
+            yield case
+
+
+def _cases_of(model: str, batch: int, k: int, dtype: torch.dtype, maps: tuple[tuple[int, int], ...]) -> Iterator[Case]:
+    D, R, n = WIDTH[model], 2 * batch, SCALES[k] ** 2
+    M, begin = R * n, sum(side**2 for side in SCALES[:k])
+    yield linear(M=M, K=D, N=4 * D, variant="gelu", dtype=dtype)
+    yield cached_attention(R=R, H=D // HEAD_DIM, n=n, begin=begin, L=L, dtype=dtype)
+    yield adaln(R=R, n=n, D=D, dtype=dtype)
+    yield draw(B=batch, n=n, V=V, C=C)
+    before = min(k, len(SCALES) - 2)
+    yield next_scale(B=batch, p=SCALES[before], q=SCALES[before + 1], h=SCALES[-1], C=C, D=D)
+    for side, channels in maps:
+        yield groupnorm_silu(B=batch, side=side, C=channels, dtype=dtype)
+    yield linear(M=M, K=D, N=3 * D, variant="", dtype=dtype)
+    yield linear(M=M, K=4 * D, N=D, variant="int8", dtype=dtype)
+    yield quantize_rows(M=M, K=D, dtype=dtype)
+    yield to_pixels(B=batch, side=256, dtype=dtype)
+
+
+def adaln(*, R: int, n: int, D: int, dtype: torch.dtype) -> Case:
+    def build(new: Inputs) -> Setup:
+        x_MD, y_MD = new.normal(R * n, D), new.normal(R * n, D, dtype=dtype)
+        out_MD = new.unwritten(R * n, D, dtype=dtype)
+        modulation_R6D = new.normal(R, 6, D)
+        gamma_RD, scale_RD, shift_RD = (modulation_R6D[:, i] for i in (0, 2, 4))
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(x_MD, y_MD, gamma_RD, scale_RD, shift_RD, out_MD=out_MD)
+            return x_MD, out_MD
+
+        rows_R1D = (m.unsqueeze(1).to(dtype) for m in (gamma_RD, scale_RD, shift_RD))
+        arguments = (x_MD.view(R, n, D).to(dtype), y_MD.view(R, n, D), *rows_R1D)
+        return Setup(ours=ours, eager=eager.adaln, arguments=arguments)
+
+    traffic = R * n * D * (4 + dtype.itemsize + 4 + dtype.itemsize) + 3 * 4 * R * D
+    shape = {"R": R, "n": n, "D": D}
+    return Case(operation="adaln", shape=shape, dtype=dtype, bytes=traffic, build=build)
+
+
+def cached_attention(*, R: int, H: int, n: int, begin: int, L: int, dtype: torch.dtype) -> Case:
+    D, end = H * HEAD_DIM, begin + n
+
+    def build(new: Inputs) -> Setup:
+        qkv_MN, out_MD = new.normal(R * n, 3 * D, dtype=dtype), new.unwritten(R * n, D, dtype=dtype)
+        q_scale_H = 4 + new.normal(H).abs()
+        caches = [new.unwritten(R, H, L, HEAD_DIM, dtype=dtype) for _ in range(2)]
+        caches[0][:, :, :begin] = F.normalize(new.normal(R, H, begin, HEAD_DIM), dim=-1)
+        caches[1][:, :, :begin] = new.normal(R, H, begin, HEAD_DIM)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            return (op(qkv_MN, q_scale_H, *caches, begin=begin, softmax_scale=1.0, out_MD=out_MD),)
+
+        def comparable(results: Results) -> Results:
+            new_ones = [cache[:, :, begin:end] for cache in caches]
+            return *results, *new_ones, *(cache[:, :, :begin] for cache in caches)
+
+        arguments = (qkv_MN, q_scale_H.view(H, 1, 1).to(dtype), *caches, begin)
+        return Setup(ours=ours, eager=eager.cached_attention, arguments=arguments, comparable=comparable)
+
+    # Queries, keys and values read, the result written; the cache's past read, keys and values written.
+    traffic = dtype.itemsize * (R * n * 4 * D + 2 * R * D * (begin + n))
+    shape = {"R": R, "H": H, "n": n, "begin": begin}
+    flops = 4 * R * n * end * D
+    return Case(operation="cached_attention", shape=shape, dtype=dtype, bytes=traffic, flops=flops, build=build)
+
+
+def linear(*, M: int, K: int, N: int, variant: str, dtype: torch.dtype) -> Case:
+    """`variant`: empty, "gelu" or "int8"."""
+    gelu, int8 = variant == "gelu", variant == "int8"
+
+    def build(new: Inputs) -> Setup:
+        x_MK, bias_N = new.normal(M, K, dtype=dtype), new.normal(N, dtype=dtype)
+        out_MN = new.unwritten(M, N, dtype=dtype)
+        weight_KN = new.integers(K, N) if int8 else (new.normal(K, N) / math.sqrt(K)).to(dtype)
+        column_scale_N = (1 + new.uniform(N).float()) / (127 * math.sqrt(K)) if int8 else None
+
+        def ours(op: Callable[..., Any]) -> Results:
+            return (op(x_MK, weight_KN, bias_N, column_scale_N=column_scale_N, gelu=gelu, out_MN=out_MN),)
+
+        libraries: dict[str, Callable[[], Results]] = {}
+        if gelu and new.device.type == "cuda":  # on a CPU the fused call computes the exact GELU instead
+
+            def epilogue() -> Results:
+                return (torch._addmm_activation(bias_N, x_MK, weight_KN, use_gelu=True),)
+
+            libraries["library epilogue"] = epilogue
+        scale_N = None if column_scale_N is None else column_scale_N.to(dtype)
+        provider = eager.linear_gelu if gelu else eager.linear
+        return Setup(ours=ours, eager=provider, arguments=(x_MK, weight_KN, bias_N, scale_N), libraries=libraries)
+
+    item = dtype.itemsize
+    traffic = item * (M * K + N + M * N) + K * N * (1 if int8 else item) + (4 * N if int8 else 0)
+    return Case(
+        operation="linear",
+        variant=variant,
+        shape={"M": M, "K": K, "N": N},
+        dtype=dtype,
+        bytes=traffic,
+        flops=2 * M * K * N,
+        build=build,
+    )
+
+
+def quantize_rows(*, M: int, K: int, dtype: torch.dtype) -> Case:
+    def build(new: Inputs) -> Setup:
+        x_MK = new.normal(M, K, dtype=dtype)
+        out_MK = new.unwritten(M, K, dtype=torch.float8_e4m3fn)
+        scale_out_M1 = new.unwritten(M, 1)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(x_MK, out_MK=out_MK, scale_out_M1=scale_out_M1)
+            return out_MK, scale_out_M1
+
+        def comparable(results: Results) -> Results:
+            return results[0].float() * results[1], results[1]
+
+        return Setup(ours=ours, eager=eager.quantize_rows, arguments=(x_MK,), comparable=comparable)
+
+    traffic = M * K * (dtype.itemsize + 1) + 4 * M
+    # A number between two float8 may go either way, a sixteenth of itself apart.
+    tolerance = (1e-2, 8e-2)
+    shape = {"M": M, "K": K}
+    return Case(operation="quantize_rows", shape=shape, dtype=dtype, bytes=traffic, build=build, tolerance=tolerance)
+
+
+def draw(*, B: int, n: int, V: int, C: int) -> Case:
+    """Guided, with the sampling defaults, on normally distributed logits."""
+
+    def build(new: Inputs) -> Setup:
+        logits_RnV, uniforms_Bn, codebook_VC = new.normal(2 * B, n, V), new.uniform(B, n), new.normal(V, C)
+        strength_B, one_B = new.full((B,), GUIDANCE), new.full((B,), 1.0)
+        top_k_B, top_p_B = new.full((B,), TOP_K, torch.int32), new.full((B,), TOP_P)
+        tokens_Bn, codes_BnC = new.unwritten(B, n, dtype=torch.int64), new.unwritten(B, n, C)
+        invalid_B = new.full((B,), 0, torch.int32)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            settings = (strength_B, one_B, top_k_B, top_p_B, codebook_VC)
+            outputs = {"tokens_out_Bn": tokens_Bn, "codes_out_BnC": codes_BnC, "invalid_out_B": invalid_B}
+            op(logits_RnV, uniforms_Bn, *settings, guided=True, **outputs)
+            return tokens_Bn, codes_BnC
+
+        def comparable(results: Results) -> Results:
+            tokens, codes = results
+            inside = tokens.clamp(0, V - 1)
+            return tokens, (codes == codebook_VC[inside]).all(-1), invalid_B
+
+        arguments = (logits_RnV, uniforms_Bn, codebook_VC)
+        return Setup(ours=ours, eager=eager.draw, arguments=arguments, comparable=comparable)
+
+    # Logits, numbers and settings read; tokens written; codes looked up and written.
+    traffic = 4 * 2 * B * n * V + 8 * B * n + 16 * B + 8 * B * n + 2 * 4 * B * n * C
+    shape = {"B": B, "n": n, "V": V}
+    return Case(operation="draw", shape=shape, dtype=FP32, bytes=traffic, build=build)
+
+
+def next_scale(*, B: int, p: int, q: int, h: int, C: int, D: int) -> Case:
+    def build(new: Inputs) -> Setup:
+        codes_BnC, f_hat_BlC = new.normal(B, p * p, C), new.normal(B, h * h, C)
+        f_hat_out_BlC, x_out_RmD = new.unwritten(B, h * h, C), new.unwritten(2 * B, q * q, D)
+        phi_weight_9CC, phi_bias_C = new.normal(9, C, C) / math.sqrt(9 * C), new.normal(C)
+        word_weight_CD, position_mD = new.normal(C, D) / math.sqrt(C), new.normal(q * q, D)
+        enlarge_hp, area_qh = (resampling(*sides, new.device) for sides in ((p, h, "bicubic"), (h, q, "area")))
+        resamplings = {
+            "cell_taps_3hp": resampling_taps(enlarge_hp),
+            "token_taps_3qp": resampling_taps(enlarge_hp, area_qh),
+            "area_qh": area_qh,
+        }
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(
+                codes_BnC,
+                f_hat_BlC,
+                phi_weight_9CC,
+                phi_bias_C,
+                **resamplings,
+                f_hat_out_BlC=f_hat_out_BlC,
+                word_weight_CD=word_weight_CD,
+                position_mD=position_mD,
+                x_out_RmD=x_out_RmD,
+            )
+            return f_hat_out_BlC, x_out_RmD
+
+        def comparable(results: Results) -> Results:
+            f_hat, x = results
+            return (f_hat.flatten(2).transpose(1, 2) if f_hat.ndim == 4 else f_hat), x
+
+        f_hat_BChh = f_hat_BlC.transpose(1, 2).reshape(B, C, h, h).contiguous()
+        weight_CC33 = phi_weight_9CC.view(3, 3, C, C).permute(3, 2, 0, 1).contiguous()
+        arguments = (codes_BnC, f_hat_BChh, weight_CC33, phi_bias_C, word_weight_CD, position_mD)
+        return Setup(ours=ours, eager=eager.next_scale, arguments=arguments, comparable=comparable)
+
+    maps = B * p * p * C + 2 * B * h * h * C + 2 * B * q * q * D
+    weights = 9 * C * C + C + 3 * h * p + 3 * q * p + q * h + C * D + q * q * D
+    flops = 2 * B * (h * h * 9 * C * C + q * q * C * D)
+    shape = {"B": B, "p": p, "q": q, "D": D}
+    return Case(operation="next_scale", shape=shape, dtype=FP32, bytes=4 * (maps + weights), flops=flops, build=build)
+
+
+def resampling(from_side: int, to_side: int, mode: str, device: torch.device) -> Tensor:
+    """One axis of a separable resampling as a matrix [to, from]: columns are what it makes of unit vectors."""
+    units = torch.eye(from_side, device=device).view(from_side, 1, from_side, 1).expand(-1, -1, -1, from_side)
+    return F.interpolate(units, size=(to_side, to_side), mode=mode)[:, 0, :, 0].T.contiguous()
+
+
+def groupnorm_silu(*, B: int, side: int, C: int, dtype: torch.dtype) -> Case:
+    def build(new: Inputs) -> Setup:
+        x_BlC, out_BlC = new.normal(B, side**2, C, dtype=dtype), new.unwritten(B, side**2, C, dtype=dtype)
+        weight_C, bias_C = 1 + 0.1 * new.normal(C), new.normal(C)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            return (op(x_BlC, weight_C, bias_C, silu=True, out_BlC=out_BlC),)
+
+        def comparable(results: Results) -> Results:
+            return tuple(y.flatten(2).transpose(1, 2) if y.ndim == 4 else y for y in results)
+
+        x_BChh = x_BlC.view(B, side, side, C).permute(0, 3, 1, 2)  # channels-last in memory
+        arguments = (x_BChh, weight_C.to(dtype), bias_C.to(dtype))
+        return Setup(ours=ours, eager=eager.groupnorm_silu, arguments=arguments, comparable=comparable)
+
+    traffic = 2 * dtype.itemsize * B * side**2 * C + 2 * 4 * C
+    shape = {"B": B, "side": side, "C": C}
+    return Case(operation="groupnorm_silu", shape=shape, dtype=dtype, bytes=traffic, build=build)
+
+
+def to_pixels(*, B: int, side: int, dtype: torch.dtype) -> Case:
+    def build(new: Inputs) -> Setup:
+        x_Bl3 = new.normal(B, side**2, 3, dtype=dtype)
+        pixels, image = new.unwritten(B, 3, side, side), new.unwritten(B, side, side, 3, dtype=torch.uint8)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(x_Bl3, pixels_out_B3RR=pixels, bytes_out_BRR3=image)
+            return pixels, image
+
+        return Setup(ours=ours, eager=eager.to_pixels, arguments=(x_Bl3, side))
+
+    traffic = B * side**2 * 3 * (dtype.itemsize + 4 + 1)
+    shape = {"B": B, "side": side}
+    return Case(operation="to_pixels", shape=shape, dtype=dtype, bytes=traffic, build=build)

@@ -1,0 +1,403 @@
+"""The benchmark at tiny sizes on a CPU, references for kernels: rows, traffic, the gate, the file, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import partial
+from io import StringIO
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from var_kernels import benchmark, benchmark_cases, benchmark_report, ops
+from var_kernels.benchmark import COMPILE, EAGER, LIBRARY, PROVIDERS, run
+from var_kernels.benchmark_report import BenchmarkError, print_report
+from var_kernels.benchmark_setup import Inputs, WrongResultError, check
+from var_kernels.ops import OPERATIONS, reference_ops
+from var_kernels.timing import Ceilings
+
+CPU = torch.device("cpu")
+LIMITS = Ceilings(bytes_per_second=1e10, flops_per_second={"float32": 1e11, "bfloat16": 1e11}, how="given")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads of a busy machine wait for each other far longer than these sizes take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_cases(dtype=torch.float32):
+    """Every operation and variant, at sizes that are no powers of two where the operation allows."""
+    return [
+        benchmark_cases.adaln(R=2, n=9, D=192, dtype=dtype),
+        benchmark_cases.cached_attention(R=2, H=3, n=9, begin=5, L=20, dtype=dtype),
+        benchmark_cases.cached_attention(R=2, H=1, n=1, begin=0, L=4, dtype=dtype),
+        benchmark_cases.draw(B=2, n=4, V=1000, C=8),
+        benchmark_cases.groupnorm_silu(B=2, side=6, C=64, dtype=dtype),
+        benchmark_cases.linear(M=12, K=48, N=20, variant="", dtype=dtype),
+        benchmark_cases.linear(M=12, K=48, N=20, variant="gelu", dtype=dtype),
+        benchmark_cases.linear(M=12, K=48, N=20, variant="int8", dtype=dtype),
+        benchmark_cases.next_scale(B=2, p=2, q=3, h=5, C=8, D=64),
+        benchmark_cases.quantize_rows(M=7, K=48, dtype=dtype),
+        benchmark_cases.to_pixels(B=2, side=6, dtype=dtype),
+    ]
+
+
+def tiny_case(operation):
+    return next(case for case in tiny_cases() if case.operation == operation)
+
+
+def measure(cases, ops=None, providers=(EAGER,), **options):
+    return run(CPU, cases, ops or reference_ops(), providers, repeats=2, limits=LIMITS, **options)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_operation_has_a_row_with_the_right_results_of_all_providers(storage):
+    report = measure(tiny_cases(storage), providers=(EAGER, LIBRARY))
+    assert len(report.rows) == 11
+    assert {row.operation for row in report.rows} == set(OPERATIONS) - {"uniforms"}
+    for row in report.rows:
+        assert list(row.providers) == ["reference", EAGER]  # the fused epilogue is another function on a CPU
+        assert row.providers["reference"].error == 0
+        for measured in row.providers.values():
+            assert measured.timing.count == 2
+            assert measured.share == pytest.approx(row.floor_seconds / measured.timing.median)
+
+
+def test_what_is_compiled_is_one_graph_with_the_same_results(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no compiler
+    report = measure(tiny_cases(), providers=(COMPILE,))
+    assert all(list(row.providers) == ["reference", COMPILE] for row in report.rows)
+    assert len(report.rows) == 11
+
+
+@pytest.mark.parametrize("case", tiny_cases(torch.bfloat16), ids=lambda case: case.name)
+def test_traffic_is_every_input_once_and_every_output_once(case):
+    """Counted again from the tensors that an implementation is handed."""
+    handed = []
+    setup = case.build(Inputs(CPU, 0))
+    setup.ours(lambda *arguments, **named: handed.append([*arguments, *named.values()]))
+    tensors = [value for value in handed[0] if isinstance(value, torch.Tensor)]
+    counted = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if case.operation == "adaln":  # the residual is read and written
+        counted += 4 * tensors[0].numel()
+    elif case.operation == "cached_attention":  # of the caches only what is written and what lies before
+        _, q_scale_H, *caches, _ = tensors
+        beyond = caches[0].shape[2] - case.shape["begin"] - case.shape["n"]
+        counted -= 4 * q_scale_H.numel()
+        counted -= sum(2 * cache[:, :, 0].numel() * beyond for cache in caches)
+    elif case.operation == "draw":  # of the codebook the codes drawn; flags are written only when something is wrong
+        codebook_VC, codes_BnC, invalid_B = tensors[6], tensors[8], tensors[9]
+        counted += 4 * (codes_BnC.numel() - codebook_VC.numel() - invalid_B.numel())
+    assert case.bytes == counted
+
+
+@pytest.mark.parametrize(
+    ("case", "flops"),
+    [
+        (benchmark_cases.linear(M=3, K=5, N=7, variant="", dtype=torch.float32), 2 * 3 * 5 * 7),
+        (
+            benchmark_cases.cached_attention(R=2, H=3, n=4, begin=5, L=9, dtype=torch.float32),
+            2 * 2 * (2 * 3) * 4 * 9 * 64,
+        ),
+        (
+            benchmark_cases.next_scale(B=2, p=2, q=3, h=5, C=8, D=64),
+            2 * 2 * 25 * 9 * 8 * 8 + 2 * 2 * 9 * 8 * 64,
+        ),
+        (tiny_case("adaln"), 0),
+    ],
+)
+def test_operations_count_products(case, flops):
+    assert case.flops == flops
+
+
+def test_the_floor_of_a_row_is_the_larger_of_moving_and_computing():
+    case = dataclasses.replace(tiny_case("linear"), bytes=10**7, flops=10**7)
+    (row,) = measure([case], providers=()).rows
+    assert row.floor_seconds == pytest.approx(1e-3)
+    (row,) = measure([dataclasses.replace(case, flops=10**9)], providers=()).rows
+    assert row.floor_seconds == pytest.approx(1e-2)
+
+
+def test_the_published_sizes_are_all_there_once_and_the_telling_ones_first():
+    every = list(benchmark_cases.cases(torch.bfloat16))
+    names = [case.name for case in every]
+    assert len(set(names)) == len(names)
+    assert names[0] == "linear gelu M=512 K=1024 N=4096"
+    assert {
+        "adaln R=128 n=256 D=1920",
+        "cached_attention R=2 H=30 n=256 begin=424",
+        "cached_attention R=128 H=16 n=16 begin=14",
+        "draw B=64 n=256 V=4096",
+        "groupnorm_silu B=64 side=256 C=160",
+        "groupnorm_silu B=1 side=64 C=320",
+        "groupnorm_silu B=1 side=16 C=640",
+        "linear int8 M=32768 K=7680 N=1920",
+        "linear M=32 K=1920 N=5760",
+        "next_scale B=1 p=13 q=16 D=1024",
+        "next_scale B=64 p=4 q=5 D=1920",
+        "quantize_rows M=512 K=1024",
+        "to_pixels B=64 side=256",
+    } <= set(names)
+    quick = list(benchmark_cases.quick_cases(torch.bfloat16))
+    assert {(case.operation, case.variant) for case in quick} == {(case.operation, case.variant) for case in every}
+    assert len(quick) == 10
+    assert [case.name for case in quick] == names[: len(quick)]
+
+
+def test_resampling_matrices_do_what_interpolate_does():
+    image = torch.randn(1, 1, 5, 5)
+    for side, mode in ((8, "bicubic"), (5, "bicubic"), (3, "area")):
+        matrix = benchmark_cases.resampling(5, side, mode, CPU)
+        expected = torch.nn.functional.interpolate(image, size=(side, side), mode=mode)
+        torch.testing.assert_close(matrix @ image[0, 0] @ matrix.T, expected[0, 0], atol=1e-5, rtol=1e-5)
+
+
+def wrong(operation, spoil):
+    """References but for one operation, whose results are spoiled."""
+    right = getattr(reference_ops(), operation)
+
+    def spoiled(*arguments, **named):
+        result = right(*arguments, **named)
+        spoil(arguments, named)
+        return result
+
+    return dataclasses.replace(reference_ops(), **{operation: spoiled})
+
+
+@pytest.mark.parametrize(
+    ("operation", "spoil", "message"),
+    [
+        ("adaln", lambda a, n: n["out_MD"].mul_(1.1), "result 1: relative error 1.0e-01 in norm"),
+        ("adaln", lambda a, n: n["out_MD"][3, 5:7].add_(0.5), "result 1: .* at the worst element"),
+        ("adaln", lambda a, n: n["out_MD"][3, 5].fill_(math.nan), "result 1: relative error nan in norm"),
+        ("adaln", lambda a, n: a[0].zero_(), "result 0: relative error 1.0e\\+00 in norm"),
+        ("linear", lambda a, n: n["out_MN"].copy_(torch.zeros(12, 20)), "result 0: relative error 1.0e\\+00"),
+        ("cached_attention", lambda a, n: a[2][:, :, 6].zero_(), "result 1: relative error"),
+        ("cached_attention", lambda a, n: a[3][:, :, 2].zero_(), "result 4: relative error"),
+        ("draw", lambda a, n: n["tokens_out_Bn"][0, 1].add_(1), "result 0: 12.50% differ from the reference"),
+        ("draw", lambda a, n: n["codes_out_BnC"][0, 1].add_(1), "result 1: 12.50% differ"),
+        ("draw", lambda a, n: n["invalid_out_B"].fill_(1), "result 2: 100.00% differ"),
+        ("quantize_rows", lambda a, n: n["scale_out_M1"].mul_(2), "result 0: relative error 1.0e\\+00"),
+        ("next_scale", lambda a, n: n["x_out_RmD"][2:].zero_(), "result 1: relative error"),
+        ("groupnorm_silu", lambda a, n: n["out_BlC"][1].zero_(), "result 0: relative error"),
+        ("to_pixels", lambda a, n: n["bytes_out_BRR3"].add_(1), "result 1: 100.00% differ"),
+    ],
+)
+def test_a_wrong_provider_is_an_error_and_gets_no_time(operation, spoil, message, tmp_path):
+    out = tmp_path / "rows.json"
+    cases = [tiny_case(operation), tiny_case("to_pixels" if operation == "linear" else "linear")]
+    with pytest.raises(BenchmarkError, match=rf"{operation}.*: reference: {message}") as failed:
+        measure(cases, wrong(operation, spoil), out=out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [list(row["providers"]) for row in rows] == [[EAGER], ["reference", EAGER]]  # the others were measured
+    assert len(failed.value.report.failures) == 1
+
+
+def test_an_implementation_that_writes_nothing_is_wrong():
+    silent = dataclasses.replace(reference_ops(), adaln=lambda *_, **__: None)
+    with pytest.raises(BenchmarkError, match="adaln R=2 n=9 D=192: reference: result 0: relative error"):
+        measure([tiny_case("adaln")], silent)
+
+
+def test_a_provider_that_raises_is_an_error_and_the_others_go_on():
+    def refuses(*_, **__):
+        raise ValueError("x_MD: strides\nmore")
+
+    with pytest.raises(BenchmarkError, match=r": reference: ValueError: x_MD: strides$") as failed:
+        measure([tiny_case("adaln")], dataclasses.replace(reference_ops(), adaln=refuses))
+    (row,) = failed.value.report.rows
+    assert list(row.providers) == [EAGER]
+
+
+def test_too_little_memory_leaves_out_and_is_no_error():
+    def hungry(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    cases = [dataclasses.replace(tiny_case("adaln"), build=hungry), tiny_case("linear")]
+    report = measure(cases, dataclasses.replace(reference_ops(), linear=hungry))
+    assert report.left_out == [
+        "adaln R=2 n=9 D=192: out of memory",
+        "linear M=12 K=48 N=20: reference: out of memory",
+    ]
+    assert [list(row.providers) for row in report.rows] == [[EAGER]]
+
+
+def test_after_a_failure_of_the_device_nothing_more_is_tried(tmp_path):
+    def crashes(*_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    out = tmp_path / "rows.json"
+    ops = dataclasses.replace(reference_ops(), linear=crashes)
+    with pytest.raises(BenchmarkError, match=r"linear .*: reference: AcceleratorError: CUDA error: an illegal memory"):
+        measure([tiny_case("adaln"), tiny_case("linear"), tiny_case("draw")], ops, out=out)
+    record = json.loads(out.read_text())
+    assert [row["operation"] for row in record["rows"]] == ["adaln"]
+    assert record["left_out"] == ["draw B=2 n=4 V=1000: the device failed before"]
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "message"),
+    [
+        ((torch.ones(3),), (torch.ones(3), torch.ones(3)), "1 results, expected 2"),
+        ((torch.ones(4),), (torch.ones(3),), r"result 0 has shape \(4,\), expected \(3,\)"),
+        ((torch.tensor([1, 2]),), (torch.tensor([1, 3]),), "result 0: 50.00% differ from the reference, at most 0.5%"),
+        (
+            (torch.tensor([1.0, 1.01]),),
+            (torch.ones(2),),
+            "result 0: relative error 7.1e-03 in norm, 1.0e-02 at the worst element, at most 1e-03 and 5e-03",
+        ),
+    ],
+)
+def test_the_gate_says_what_differs(got, expected, message):
+    with pytest.raises(WrongResultError, match=message):
+        check(tiny_case("linear"), got, expected)
+
+
+def test_the_gate_returns_the_worst_error_and_accepts_another_view_of_the_same_result():
+    expected = (torch.ones(2, 3), torch.ones(4), torch.tensor([True]), torch.ones(0))
+    got = (torch.ones(6), torch.full((4,), 1.0005), torch.tensor([True]), torch.ones(0))
+    assert check(tiny_case("linear"), got, expected) == pytest.approx(5e-4, rel=1e-3)
+
+
+def test_outputs_are_not_valid_before_they_are_written():
+    new = Inputs(CPU, 0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        assert new.unwritten(3, dtype=dtype).float().isnan().all()
+    assert (new.unwritten(3, dtype=torch.int64) == 77).all()
+    assert new.allocated == 3 * (4 + 2 + 1 + 8)
+
+
+def test_the_same_seed_gives_the_same_inputs():
+    first, same, other = (Inputs(CPU, seed) for seed in (1, 1, 2))
+    a, b, c = (torch.cat([new.normal(4).double(), new.uniform(4)]) for new in (first, same, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_the_file_is_whole_after_every_row(tmp_path):
+    out, seen = tmp_path / "results" / "rows.json", []
+
+    def progress(name):
+        seen.append((name, len(json.loads(out.read_text())["rows"]) if out.exists() else None))
+
+    measure([tiny_case("adaln"), tiny_case("linear"), tiny_case("draw")], out=out, progress=progress)
+    assert [rows for _, rows in seen] == [None, 1, 2]
+    record = json.loads(out.read_text())
+    assert [file.name for file in out.parent.iterdir()] == ["rows.json"]
+    assert len(record["rows"]) == 3
+    assert record["machine"]["torch"] == torch.__version__
+    assert record["ceilings"]["bytes_per_second"] == 1e10
+    assert "not in its L2 cache" in record["timed"]
+    row = record["rows"][0]
+    assert (row["operation"], row["dtype"], row["shape"]) == ("adaln", "float32", {"R": 2, "n": 9, "D": 192})
+    assert {"median", "p10", "p90", "p99", "minimum", "count", "how"} == row["providers"][EAGER]["timing"].keys()
+
+
+def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
+    out = tmp_path / "rows.json"
+    report = measure([tiny_case("adaln")], out=out)
+    before = out.read_text()
+    monkeypatch.setattr(benchmark_report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write(out)
+    assert out.read_text() == before
+
+
+def test_a_spent_budget_starts_no_further_row_and_says_which_were_left_out(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 6.0, 11.0, 99.0])
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(clock))
+    out = tmp_path / "rows.json"
+    cases = [tiny_case(name) for name in ("adaln", "linear", "draw", "to_pixels")]
+    measure(cases, out=out, budget=10.0)
+    record = json.loads(out.read_text())
+    assert [row["operation"] for row in record["rows"]] == ["adaln", "linear"]
+    assert record["left_out"] == ["draw B=2 n=4 V=1000: budget spent", "to_pixels B=2 side=6: budget spent"]
+
+
+def test_the_table_shows_times_shares_ceilings_and_what_is_missing():
+    report = measure([tiny_case("adaln"), tiny_case("linear")])
+    report.left_out.append("draw [B]: budget spent")
+    report.failures.append("linear: eager: result 0")
+    text = StringIO()
+    print_report(report, Console(file=text, width=160))
+    table = text.getvalue()
+    for part in (
+        *("median µs (share of the ceiling)", "floor", "reference", EAGER, "R=2 n=9 D=192", "linear"),
+        *("copy 0.01 TB/s", "float32 0.1", "left out: draw [B]: budget spent", "FAILED: linear: eager: result 0"),
+    ):
+        assert part in table
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """`command(*arguments)` runs the command line with tiny cases, as if there were a GPU but on the CPU."""
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "device", lambda name, kind=torch.device: kind("cpu"))
+    monkeypatch.setattr(benchmark, "triton_ops", reference_ops)
+    monkeypatch.setattr(benchmark, "cases", tiny_cases)
+    monkeypatch.setattr(benchmark, "quick_cases", tiny_cases)
+    monkeypatch.setattr(benchmark, "ceilings", lambda device: LIMITS)
+    return lambda *arguments: CliRunner().invoke(app, ["--out", str(tmp_path / "rows.json"), *arguments])
+
+
+def test_the_command_measures_what_it_is_asked_for(command, tmp_path):
+    result = command("--only", "adaln", "--only", "linear", "--quick")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["operation"], row["dtype"]) for row in rows] == [("adaln", "bfloat16")] + [("linear", "bfloat16")] * 3
+    assert list(rows[0]["providers"]) == ["reference", EAGER]
+
+
+def test_the_command_fails_where_a_provider_is_wrong_but_shows_the_rest(command, monkeypatch):
+    monkeypatch.setattr(benchmark, "triton_ops", lambda: wrong("linear", lambda a, n: n["out_MN"].zero_()))
+    result = command("--quick", "--only", "linear")
+    assert result.exit_code == 1
+    assert "median µs" in result.output
+    assert "FAILED" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "adalm"), "operation 'adalm' is unknown; those with rows: adaln"),
+        (("--only", "uniforms"), "operation 'uniforms' has no row"),
+        (("--dtype", "fp8"), "type 'fp8' is unknown; known: bf16, fp16"),
+    ],
+)
+def test_a_wrong_request_is_named(command, arguments, message):
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_without_a_gpu_the_command_says_so_and_measures_nothing(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = command()
+    assert result.exit_code == 1
+    assert "no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU" in result.output
+    assert not (tmp_path / "rows.json").exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_all_providers_of_every_operation_are_right_and_timed():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cases = [case for case in benchmark_cases.quick_cases(torch.bfloat16) if case.operation != "cached_attention"]
+    report = run(torch.device("cuda"), cases[:3], ops.triton_ops(), PROVIDERS, repeats=5)
+    assert all({"triton", EAGER, COMPILE} <= row.providers.keys() for row in report.rows)
+    assert LIBRARY in report.rows[0].providers
+    for row in report.rows:
+        for measured in row.providers.values():
+            assert measured.timing.how.startswith("CUDA graph")
+            assert 0 < measured.share < 1.5
