@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKPOINTS := --var train/checkpoints/digits_var.safetensors --vae train/checkpoints/digits_vqvae.safetensors
 
-.PHONY: demo test test-full lint digits bench-cpu clean
+.PHONY: demo test test-full test-gpu lint digits kernels bench-cpu bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,14 @@ lint: $(READY)
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full_size
 
+# What needs a CUDA device. Uses the Python it is given, whose PyTorch has to be one for CUDA: the pinned one has not.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+# Registers and shared memory of every kernel, compiled ahead of time; no GPU needed.
+kernels: $(READY)
+	$(BIN)/python -m var_kernels.resources --markdown docs/results/kernels.md
+
 # Trains the two checkpoints under train/checkpoints again and measures them.
 digits: $(READY)
 	$(BIN)/python -m var_train.digits train --out out/digits_checkpoints
@@ -45,6 +53,13 @@ bench-cpu: $(READY)
 	$(BIN)/var-deploy export --var out/d16/var_d16.pth --vae out/d16/vae_d16.pth --out out/d16/bundle
 	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --batch 4 --repeats 5
 	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --repeats 5 --graphs static --no-reference
+
+# On a CUDA device, with the Python given: whole images, then every kernel, with random weights. Results are written after
+# every row, so a run that is cut short still counts.
+bench-gpu: export PYTHONPATH := .:export:kernels:train
+bench-gpu:
+	$(PYTHON) -m var_deploy.bench.suite --out docs/results --budget 330
+	$(PYTHON) -m var_kernels.benchmark --out docs/results/gpu-kernels.json --budget 120
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

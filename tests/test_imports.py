@@ -28,9 +28,9 @@ ALLOWED = {
 #: Files that start what needs more, and may import it inside a function only.
 ALLOWED_LAZILY = {
     "var_deploy/cli.py": ("var_export", "var_train"),
-    "var_deploy/bench_device.py": ("var_kernels",),
-    "var_deploy/bench_gpu.py": ("var_export",),
-    "var_deploy/bench_reference.py": ("var_train",),
+    "var_deploy/bench/device.py": ("var_kernels",),
+    "var_deploy/bench/suite.py": ("var_export",),
+    "var_deploy/bench/reference.py": ("var_train",),
 }
 
 #: The PyTorch engine is built on the kernels.

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import EngineError, RequestError, VarDeployError
+from .precision import Precision
 
 app = typer.Typer(
     help="Deploy VAR image models: checkpoint in, bundle out, images from it.",
@@ -34,7 +35,11 @@ BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle direc
 VarFile = Annotated[Path, typer.Option("--var", metavar="FILE", help="VAR checkpoint (.pth or .safetensors).")]
 VaeFile = Annotated[Path, typer.Option("--vae", metavar="FILE", help="VQVAE checkpoint (.pth or .safetensors).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-EngineName = Annotated[str, typer.Option(help="Engine: auto or onnx.")]
+EngineName = Annotated[str, typer.Option(help="Engine: auto, onnx or torch.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
+PrecisionName = Annotated[str, typer.Option(help="auto, fp32; with the torch engine also fp16, bf16, int8, fp8.")]
+DecodeSlice = Annotated[int | None, typer.Option(min=1, help="Images the decoder takes at a time (torch engine).")]
+CompileDecoder = Annotated[bool, typer.Option("--compile-decoder", help="Decoder by torch.compile (torch engine).")]
 Graphs = Annotated[str, typer.Option(help="symbolic: one graph for all scales; static: one per scale.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; default one per core.")]
 
@@ -86,6 +91,7 @@ def export(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Bundle directory or checkpoint file.")],
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes of the memory plan.")] = [1, 8, 64],  # noqa: B006
+    precision: Annotated[Precision, typer.Option(help="Of the torch engine's plan.")] = Precision.BF16,
     as_json: AsJson = False,
 ) -> None:
     """Show configuration, parameters, sizes and the memory plan of a bundle or checkpoint."""
@@ -93,7 +99,7 @@ def inspect(
     from .inspection import inspect_bundle
 
     if path.is_dir():
-        data = inspect_bundle(path, batch)
+        data = inspect_bundle(path, batch, precision)
     else:
         data = _needs("var_export.inspection", "export").inspect_checkpoint(path, batch)
     _output(data, as_json, report.inspection)
@@ -106,14 +112,18 @@ def generate(
     out: Annotated[Path, typer.Option(metavar="FILE_OR_DIR", help="Picture (several: a grid), or a directory.")],
     seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
     guidance: Annotated[str | None, typer.Option(help="Strength, or one per scale: 0,0.5,1,…")] = None,
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Then keep probability p; 0 is off.")] = None,
     smooth: Annotated[bool, typer.Option("--smooth", help="Mix codes instead of drawing one.")] = False,
     steps_gif: Annotated[Path | None, typer.Option(metavar="FILE", help="Animation from coarse to fine.")] = None,
     engine: EngineName = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto or cpu.")] = "auto",
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
     graphs: Graphs = "symbolic",
     threads: Threads = None,
+    decode_slice: DecodeSlice = None,
+    compile_decoder: CompileDecoder = False,
 ) -> None:
     """Generate images."""
     from rich.progress import Progress
@@ -124,7 +134,16 @@ def generate(
     _check_picture(out)
     if steps_gif is not None and steps_gif.suffix.lower() != ".gif":
         raise RequestError(f"{steps_gif}: an animation is written as GIF; give a name that ends in .gif")
-    pipe = load(bundle, engine=engine, device=device, graphs=graphs, threads=threads)
+    pipe = load(
+        bundle,
+        engine=engine,
+        device=device,
+        precision=precision,
+        graphs=graphs,
+        threads=threads,
+        decode_slice=decode_slice,
+        compile_decoder=compile_decoder,
+    )
     names = pipe.bundle.manifest.class_names or ()
     labels = [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
     frames = []
@@ -140,6 +159,7 @@ def generate(
             labels,
             seeds=seed,
             guidance=_guidance(guidance),
+            temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             smooth=smooth,
@@ -173,9 +193,12 @@ def verify(
     ] = None,
     guidance: Annotated[float, typer.Option(min=0)] = 1.5,
     tolerance: Annotated[float | None, typer.Option(help="Largest logit and pixel error that passes.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine: onnx or torch.")] = "onnx",
+    device: Device = "auto",
+    precision: PrecisionName = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a bundle with the reference model; exit status 1 beyond the tolerance."""
+    """Compare a bundle with the reference model; exit status 1 beyond the tolerance or the fidelity gate."""
     from . import report
 
     verifier = _needs("var_export.verify", "export")
@@ -187,6 +210,9 @@ def verify(
             labels=classes or None,
             guidance=guidance,
             tolerance=verifier.TOLERANCE if tolerance is None else tolerance,
+            engine=engine,
+            device=device,
+            precision=precision,
             progress=lambda what: status.update(f"verifying: {what}"),
         )
     _output(parity.to_dict(), as_json, report.parity)
@@ -196,35 +222,80 @@ def verify(
 
 @app.command()
 def bench(
-    bundle: BundlePath,
+    bundle: Annotated[Path | None, typer.Argument(metavar="[BUNDLE]", help="Bundle directory.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Published size, random weights: d16…d36-s.")
+    ] = None,
     batch: Annotated[list[int], typer.Option(min=1, help="Batch size; repeat for more.")] = [1],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     warmup: Annotated[int, typer.Option(min=1)] = 1,
     guidance: Annotated[float | None, typer.Option(min=0)] = None,
     reference: Annotated[bool, typer.Option(help="Time eager PyTorch in the same run, where installed.")] = True,
+    compiled: Annotated[bool | None, typer.Option(help="And through torch.compile; on a GPU by default.")] = None,
+    stages: Annotated[bool, typer.Option(help="Split the time by scale, draw and decoder.")] = True,
+    floor: Annotated[bool | None, typer.Option(help="Measure ceilings, count the floor; on a GPU by default.")] = None,
     engine: EngineName = "auto",
+    device: Device = "auto",
+    precision: Annotated[list[str], typer.Option(help="As of generate; repeat for more.")] = ["auto"],  # noqa: B006
     graphs: Graphs = "symbolic",
     threads: Threads = None,
+    decode_slice: DecodeSlice = None,
+    compile_decoder: CompileDecoder = False,
     as_json: AsJson = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The JSON object, rewritten after each row.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Latency and throughput as .png, .svg, .pdf.")
+    ] = None,
 ) -> None:
-    """Time whole images: medians with spread, stages, memory, and the reference in the same run."""
-    from . import bench as timing
+    """Time whole images: medians with spread, stages, memory, floor, and the reference in the same run."""
     from . import report
-    from .pipeline import load
+    from .bench.plot import check_plot, plot_bench
+    from .bench.sweep import sweep
+    from .pipeline import Pipeline, load
 
-    pipe = load(bundle, engine=engine, graphs=graphs, threads=threads)
-    with _stderr().status("timing") as status:
-        rows = timing.bench(
-            pipe,
+    if (bundle is None) == (preset is None):
+        got = "neither" if preset is None else "both"
+        raise RequestError(f"bench: got {got}, expected either a bundle directory or --preset NAME")
+    if preset is not None and (threads is not None or graphs != "symbolic"):
+        raise EngineError("a preset runs on engine 'torch', which has no options threads and graphs; leave them out")
+    if plot is not None:
+        check_plot(plot)
+    run: dict[str, Any] = {"engine": engine, "device": device}
+    run |= {"decode_slice": decode_slice, "compile_decoder": compile_decoder}
+
+    def loaded(precision: str) -> Pipeline:
+        if bundle is not None:
+            return load(bundle, **run, precision=precision, graphs=graphs, threads=threads)
+        pipe: Pipeline = _needs("var_export.random_bundle", "export").random_pipeline(
+            preset, **run, precision=precision
+        )
+        return pipe
+
+    def on_record(record: dict[str, Any]) -> None:
+        if out is not None:
+            with _replacing(out) as partial:
+                partial.write_text(_json(record, indent=1) + "\n", encoding="utf-8")
+
+    with _stderr().status("loading") as status:
+        record = sweep(
+            loaded,
+            precision,
             batches=batch,
             repeats=repeats,
             warmup=warmup,
             guidance=guidance,
             reference=reference,
+            compiled=compiled,
+            stages=stages,
+            floor=floor,
             threads=threads,
             progress=status.update,
+            on_record=on_record,
         )
-    _output(timing.bench_record(pipe, rows), as_json, report.bench)
+    if plot is not None:
+        with _replacing(plot) as partial:
+            plot_bench(record["rows"], partial, f"{preset or bundle}, engine {record['engine']}", form=plot.suffix[1:])
+    _output(record, as_json, report.bench)
 
 
 def _stderr() -> Any:
@@ -236,9 +307,13 @@ def _stderr() -> Any:
 def _output(data: dict[str, Any], as_json: bool, layout: Any) -> None:
     """Prints data as JSON, or laid out for people."""
     if as_json:
-        print(json.dumps(_without_nan(data), ensure_ascii=False, allow_nan=False))
+        print(_json(data))
     else:
         layout(data)
+
+
+def _json(data: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps(_without_nan(data), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def _without_nan(value: Any) -> Any:

@@ -6,17 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle
+from .bundle import Bundle, Manifest
 from .config import config_to_dict
-from .memory import memory_plan
+from .launch_counts import launch_counts
+from .memory import FLOAT_BYTES, memory_plan
+from .precision import Precision
+from .static_buffers import decoder_activation_bytes, generation_bytes, nbytes, work_specs
 
 
-def inspect_bundle(path: Path, batches: list[int]) -> dict[str, Any]:
-    """Opens and checks a bundle and describes it. Raises BundleError."""
+def inspect_bundle(path: Path, batches: list[int], precision: Precision = Precision.BF16) -> dict[str, Any]:
+    """Opens, checks and describes a bundle; `precision` is that of the torch engine's plan. Raises BundleError."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     parameters = {"condition": 0, "scales": 0, "decoder": 0, "encoder": 0}
-    for name, size in bundle.weight_sizes().items():
+    sizes = bundle.weight_sizes()
+    for name, size in sizes.items():
         parameters[_part(name)] += size
     loaded = 4 * (sum(parameters.values()) - parameters["encoder"])  # the encoder is loaded when first used
     plans = [memory_plan(manifest.var, manifest.vqvae, loaded, batch) for batch in batches]
@@ -34,7 +38,42 @@ def inspect_bundle(path: Path, batches: list[int]) -> dict[str, Any]:
         "parameters": parameters,
         "files": {name: seal.size for name, seal in manifest.files.items()},
         "memory": [{**asdict(plan), "total": plan.total} for plan in plans],
+        "torch": _torch_plan(manifest, sizes, batches, precision),
     }
+
+
+def _torch_plan(manifest: Manifest, sizes: dict[str, int], batches: list[int], precision: Precision) -> dict[str, Any]:
+    """What the torch engine holds and replays for a guided batch, in bytes and launches."""
+    var, vqvae = manifest.var, manifest.vqvae
+    weights = sum(size * _device_bytes(name, precision) for name, size in sizes.items() if _part(name) != "encoder")
+    memory = []
+    for batch in batches:
+        work = work_specs(var, batch, 2 * batch, precision, smooth=False)
+        caches = nbytes([spec for spec in work if spec.name.startswith("caches")])
+        decoder = decoder_activation_bytes(vqvae, batch, precision)
+        total = weights + generation_bytes(var, vqvae, batch, True, precision, False, batch)
+        buffers = total - weights - caches - decoder
+        memory.append(
+            {
+                "batch": batch,
+                "weights": weights,
+                "caches": caches,
+                "buffers": buffers,
+                "decoder": decoder,
+                "total": total,
+            }
+        )
+    return {"precision": str(precision), "launches": launch_counts(var, vqvae, precision), "memory": memory}
+
+
+def _device_bytes(name: str, precision: Precision) -> int:
+    """Bytes of an element of a weight on the device."""
+    if name.startswith("blocks.") and ".ada_lin" not in name and name.endswith(".weight"):
+        return precision.weight_bytes
+    kept = name.startswith(("quantize.", "position", "start_position", "ada_gss", "word_embed.", "head.bias"))
+    if kept or ".norm" in name or name.endswith(("q_scale", "ada_lin.bias")):
+        return FLOAT_BYTES
+    return precision.activation_bytes
 
 
 def _part(name: str) -> str:

@@ -5,6 +5,8 @@
 
 Axes: B images, R rows (B, or 2B under guidance: conditioned first, then the null class), n tokens of a scale, C code
 width, V codebook entries, h side of the feature map.
+
+The torch engine runs this same loop on its own side, as one CUDA graph where there is a GPU: `engines/torch/engine.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from PIL import Image
 
 from . import request, sampling
 from .bundle import Bundle
-from .engines import Engine, engine_for
+from .engines import DeviceLoop, Engine, EngineOptions, engine_for
 from .images import images_from_pixels, pixels_from_images
 from .quantizer import Quantizer
 
@@ -31,17 +33,32 @@ def load(
     *,
     engine: str = "auto",
     device: str = "auto",
+    precision: str = "auto",
     graphs: str = "symbolic",
     threads: int | None = None,
+    decode_slice: int | None = None,
+    compile_decoder: bool = False,
     verify_digests: bool = True,
 ) -> Pipeline:
     """Opens a bundle and makes it ready to run.
 
-    `engine`: "auto" or "onnx". `graphs`: "symbolic" (one graph for all scales) or "static" (one per scale; see
-    `engines.onnx`). `threads`: per session, default one per core. Raises BundleError and EngineError.
+    engine: "auto", "onnx" (ONNX Runtime, on a CPU) or "torch" (PyTorch; with Triton kernels and one CUDA graph per
+    generation on a GPU). device: "auto", "cpu", "cuda" or "cuda:N". precision: "auto" takes fp32 on a CPU and bf16 on a
+    GPU; the torch engine also knows fp16, int8 (weights only) and fp8 (Hopper). What "auto" takes is logged with its
+    reason.
+    onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); threads per session, default one
+    per core. torch only: decode_slice, images that the decoder takes at a time, for cards with little memory;
+    compile_decoder, run it through torch.compile. Raises BundleError and EngineError.
     """
     bundle = Bundle.open(path, verify_digests=verify_digests)
-    return Pipeline(bundle, engine_for(bundle, engine, device, graphs=graphs, threads=threads))
+    options = EngineOptions(
+        precision=precision,
+        graphs=graphs,
+        threads=threads,
+        decode_slice=decode_slice,
+        compile_decoder=compile_decoder,
+    )
+    return Pipeline(bundle, engine_for(bundle, engine, device, options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +81,24 @@ class Preview:
 class Generation:
     """The result of one request."""
 
-    pixels: np.ndarray  #: float32 [B, 3, R, R] in [0, 1]
     #: Per scale, int64 [B, n_k]: the drawn tokens. With `smooth`, the image comes from mixtures of codes instead.
     tokens: list[np.ndarray]
-    timings: dict[str, float]  #: seconds per stage: condition, scale_00 …, draw, finish, decode
+    #: Seconds per stage: condition, scale_00 …, draw, finish, decode; of a CUDA graph: upload, replay, download.
+    timings: dict[str, float]
+    _pixels: Callable[[], np.ndarray] = field(repr=False)
+    _bytes_BRR3: np.ndarray | None = field(default=None, repr=False)
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """float32 [B, 3, R, R] in [0, 1]; fetched from a GPU when first read, pictures are a quarter."""
+        return self._pixels()
 
     @cached_property
     def images(self) -> list[Image.Image]:
         """8-bit pictures."""
-        return images_from_pixels(self.pixels)
+        if self._bytes_BRR3 is None:
+            return images_from_pixels(self.pixels)
+        return [Image.fromarray(image) for image in self._bytes_BRR3]
 
 
 class Pipeline:
@@ -89,6 +115,7 @@ class Pipeline:
         *,
         seeds: int | Sequence[int] = 0,
         guidance: float | Sequence[float] | None = None,
+        temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         smooth: bool = False,
@@ -99,29 +126,38 @@ class Pipeline:
         labels: class ids or class names of the bundle. seeds: one integer (the images take s, s + 1, …) or one per
         image; an image depends on its class, seed and settings, not on the batch it came in. guidance: strength at the
         last scale, growing linearly from 0 at the first as published; a sequence gives the strength of every scale;
-        0 runs half the rows. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes
+        0 runs half the rows, as do all scales after the last whose strength is not 0. temperature divides the mixed
+        logits. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes
         instead of taking the drawn one. on_scale: called after every scale. Raises RequestError.
         """
         labels_B = request.label_ids(labels, self.bundle.manifest)
         seed_list = request.seed_list(seeds, len(labels_B))
-        settings = request.settings(self.bundle.manifest, guidance, top_k, top_p, smooth)
+        settings = request.settings(self.bundle.manifest, guidance, top_k, top_p, smooth, temperature)
         config, codebook_VC, B = self.bundle.manifest.var, self._quantizer.codebook_VC, len(labels_B)
-        rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided else labels_B
+
+        def preview(k: int, tokens_Bn: np.ndarray, f_hat_BChh: np.ndarray) -> None:
+            assert on_scale is not None
+            on_scale(Preview(k, config.num_scales, tokens_Bn, f_hat_BChh, self.engine))
+
+        if isinstance(self.engine, DeviceLoop):
+            done = self.engine.generate(labels_B, seed_list, settings, preview if on_scale else None)
+            return Generation(done.tokens, done.timings, done.pixels, done.bytes_BRR3)
+
+        rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided_scales else labels_B
         timings: dict[str, float] = {}
         tokens: list[np.ndarray] = []
         codes_BnC: np.ndarray | None = None
 
         def report(f_hat_RChh: np.ndarray) -> None:
             if on_scale is not None and tokens:
-                f_hat_BChh = f_hat_RChh[:B].copy()
-                on_scale(Preview(len(tokens) - 1, config.num_scales, tokens[-1], f_hat_BChh, self.engine))
+                preview(len(tokens) - 1, tokens[-1], f_hat_RChh[:B].copy())
 
         with _timed(timings, "condition"):
             state = self.engine.begin(rows_R)
         for k in range(config.num_scales):
             with _timed(timings, f"scale_{k:02d}"):
                 codes_RnC = codes_BnC
-                if codes_BnC is not None and settings.guided:
+                if codes_BnC is not None and k < settings.guided_scales:
                     codes_RnC = np.concatenate([codes_BnC, codes_BnC])
                 logits_RnV = self.engine.step(state, k, codes_RnC)
             report(state.f_hat_RChh)  # f_hat now holds the scale before this one
@@ -135,7 +171,7 @@ class Pipeline:
         report(f_hat_BChh)
         with _timed(timings, "decode"):
             pixels = self.engine.decode(f_hat_BChh)
-        return Generation(pixels, tokens, timings)
+        return Generation(tokens, timings, lambda: pixels)
 
     def encode(self, images: Sequence[Image.Image] | np.ndarray) -> list[np.ndarray]:
         """Token pyramid of images: K arrays int64 [B, n_k].

@@ -22,11 +22,27 @@ def inspection(data: dict[str, Any]) -> None:
         _bundle_parts(console, data)
     if "memory" in data:
         columns = ("batch", "rows", "weights", "caches", "logits", "activations (estimate)", "total")
-        table = Table(*columns, title="memory while generating (MB)")
+        table = Table(*columns, title="onnx engine: memory while generating (MB)")
         for plan in data["memory"]:
             sizes = (plan[part] for part in ("weights", "caches", "logits", "activations", "total"))
             table.add_row(str(plan["batch"]), str(plan["rows"]), *(_mega(size) for size in sizes))
         console.print(table)
+
+    if "torch" in data:
+        _torch_plan(console, data["torch"])
+
+
+def _torch_plan(console: Console, plan: dict[str, Any]) -> None:
+    """The torch engine on a GPU: memory by batch, and what one CUDA graph replays."""
+    columns = ("batch", "weights", "caches", "buffers", "decoder (estimate)", "total")
+    table = Table(*columns, title=f"torch engine, {plan['precision']}, guided: memory on the device (MB)")
+    for row in plan["memory"]:
+        sizes = (row[part] for part in ("weights", "caches", "buffers", "decoder", "total"))
+        table.add_row(str(row["batch"]), *(_mega(size) for size in sizes))
+    console.print(table)
+    launches = plan["launches"]
+    parts = ", ".join(f"{stage} {count}" for stage, count in launches.items())
+    console.print(f"launches in the graph of one generation: {sum(launches.values())} ({parts})", soft_wrap=True)
 
 
 def _bundle_parts(console: Console, data: dict[str, Any]) -> None:
@@ -40,20 +56,38 @@ def parity(data: dict[str, Any]) -> None:
     """What `verify` found."""
     console = Console()
     table = Table(
-        "scale", title=f"against the reference, greedy, classes {data['labels']}, guidance {data['guidance']}"
+        "scale",
+        title=f"{data['engine']} engine, {data['precision']}, against the reference: greedy, classes {data['labels']}, "
+        f"guidance {data['guidance']}",
     )
     kinds = list(data["scales"])
     for kind in kinds:
         table.add_column(f"{kind}: logit error", justify="right")
         table.add_column("tokens equal", justify="right")
+        table.add_column("mean KL", justify="right")
     for rows in zip(*data["scales"].values(), strict=True):
-        cells = [cell for row in rows for cell in (f"{row['logit_error']:.1e}", f"{row['token_agreement']:.2%}")]
+        cells = [
+            cell
+            for row in rows
+            for cell in (f"{row['logit_error']:.1e}", f"{row['token_agreement']:.2%}", f"{row['mean_kl']:.1e}")
+        ]
         table.add_row(str(rows[0]["scale"]), *cells)
     console.print(table)
-    logit_error = max(row["logit_error"] for rows in data["scales"].values() for row in rows)
+    every_row = [row for rows in data["scales"].values() for row in rows]
+    logit_error = max(row["logit_error"] for row in every_row)
     pixel_error = max(data["pixel_error"].values())
+    outcome = "passed" if data["passed"] else "[bold red]FAILED[/bold red]"
+    if not data["exact"]:
+        mean_kl, psnr = max(row["mean_kl"] for row in every_row), min(data["decoder_psnr"].values())
+        console.print(
+            f"fidelity gate {outcome}: largest mean KL of a scale {mean_kl:.1e} (limit {data['max_mean_kl']:g}), "
+            f"decoder {psnr:.1f} dB (limit {data['min_decoder_psnr']:g}); {data['precision']} is approximate: "
+            f"logits {logit_error:.1e}, encoder tokens {data['encoded_token_agreement']:.2%} equal",
+            soft_wrap=True,
+        )
+        return
     console.print(
-        f"parity {'passed' if data['passed'] else '[bold red]FAILED[/bold red]'}: logits {logit_error:.1e}, "
+        f"parity {outcome}: logits {logit_error:.1e}, "
         f"pixels {pixel_error:.1e}, encoder tokens {data['encoded_token_agreement']:.2%} equal, "
         f"reconstruction {data['reconstruction_error']:.1e} (tolerance {data['tolerance']:g})",
         soft_wrap=True,
@@ -61,27 +95,59 @@ def parity(data: dict[str, Any]) -> None:
 
 
 def bench(data: dict[str, Any]) -> None:
-    """What `bench` timed."""
-    console = Console()
-    table = Table("batch", title=f"{data['engine']}, {data['precision']}: seconds per request, median (min–max)")
-    for title in ("generate", "images/s", "reference", "ratio", "PSS", "peak RSS"):
-        table.add_column(title, justify="right")
-    for row in data["rows"]:
-        table.add_row(
-            str(row["batch"]),
-            _spread(row["seconds"]),
-            f"{row['images_per_second']:.2f}",
-            _spread(row["reference"]) if row["reference"] else "not run",
-            f"{row['speedup']:.2f}×" if row["speedup"] else "",
-            *(_mega(row[size]) if row[size] else "" for size in ("pss_bytes", "peak_rss_bytes")),
-        )
+    """What `bench` timed: a column per row of the record, a line per measure that one of them has."""
+    console, rows = Console(), data["rows"]
+    factor, unit = (1e3, "ms") if rows and min(row["seconds"]["median"] for row in rows) < 0.1 else (1.0, "s")
+    several = len({row["precision"] for row in rows}) > 1
+    table = Table("batch", title=f"{data['engine']}, {data['precision']}: per request, median (p10–p90), {unit}")
+    for row in rows:
+        table.add_column(f"{row['batch']} {row['precision']}" if several else str(row["batch"]), justify="right")
+    for title, cells in _bench_lines(rows, factor):
+        if any(cells):
+            table.add_row(title, *cells)
     console.print(table)
-    for row in data["rows"]:
-        stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["stages"].items())
-        console.print(f"batch {row['batch']}, median seconds per stage: {stages}", soft_wrap=True)
+    for row in rows:
+        if row["stages"]:
+            stages = ", ".join(f"{name} {seconds * factor:.3f}" for name, seconds in row["stages"].items())
+            name = f"batch {row['batch']}" + (f" {row['precision']}" if several else "")
+            console.print(f"{name}, median {'seconds' if unit == 's' else unit} per stage: {stages}", soft_wrap=True)
+        for what, why in row["failed"].items():
+            console.print(f"batch {row['batch']}: {what} not timed: {escape(why)}", soft_wrap=True)
     console.print("PSS after the warm-up and peak RSS in MB, both before the reference was built", soft_wrap=True)
     console.print(f"timed: {data['timed']}", soft_wrap=True)
-    console.print("machine: " + ", ".join(f"{key} {value}" for key, value in data["machine"].items()), soft_wrap=True)
+    for name in ("machine", "gpu"):
+        if data[name]:
+            console.print(
+                f"{name}: " + ", ".join(f"{key} {value}" for key, value in data[name].items()), soft_wrap=True
+            )
+
+
+def _bench_lines(rows: list[dict[str, Any]], factor: float) -> list[tuple[str, list[str]]]:
+    def spread(key: str) -> list[str]:
+        return [_spread(row[key], factor) if row[key] else "" for row in rows]
+
+    def number(key: str, form: str, scale: float = 1.0) -> list[str]:
+        return ["" if row[key] is None else form.format(row[key] * scale) for row in rows]
+
+    return [
+        ("generate", spread("seconds")),
+        ("p99", [f"{row['seconds']['p99'] * factor:.3f}" for row in rows]),
+        ("images/s", number("images_per_second", "{:.2f}")),
+        ("on the device", spread("device_seconds")),
+        ("without decoder", spread("without_decoder")),
+        ("floor", number("floor_seconds", "{:.3f}", factor)),
+        ("share of floor", number("share_of_floor", "{:.0%}")),
+        ("share of arithmetic", number("flops_share", "{:.0%}")),
+        ("reference", [cell or "not run" for cell in spread("reference")]),
+        ("ratio", number("speedup", "{:.2f}×")),
+        ("compiled reference", spread("compiled")),
+        ("ratio", number("compiled_speedup", "{:.2f}×")),
+        ("J/image", number("joules_per_image", "{:.2f}")),
+        ("device peak MB", number("device_peak_bytes", "{:,.1f}", 1e-6)),
+        ("reserved MB", number("device_reserved_bytes", "{:,.1f}", 1e-6)),
+        ("PSS MB", number("pss_bytes", "{:,.1f}", 1e-6)),
+        ("peak RSS MB", number("peak_rss_bytes", "{:,.1f}", 1e-6)),
+    ]
 
 
 def _key_values(console: Console, title: str, data: dict[str, Any]) -> None:
@@ -91,8 +157,9 @@ def _key_values(console: Console, title: str, data: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _spread(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.3f} ({spread['minimum']:.3f}–{spread['maximum']:.3f})"
+def _spread(spread: dict[str, float], factor: float) -> str:
+    median, p10, p90 = (spread[name] * factor for name in ("median", "p10", "p90"))
+    return f"{median:.3f} ({p10:.3f}–{p90:.3f})"
 
 
 def _mega(size: int) -> str:

@@ -16,6 +16,7 @@ from .errors import RequestError
 from .sampling import Settings
 
 MAX_SEED = 2**64 - 1
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3  # keep divided logits finite
 MAX_GUIDANCE = 1000.0  # far beyond use, far from overflowing float32 logits
 
 
@@ -62,6 +63,7 @@ def settings(
     top_k: int | None,
     top_p: float | None,
     smooth: bool,
+    temperature: float = 1.0,
 ) -> Settings:
     """Sampling settings; None takes the bundle's default.
 
@@ -82,8 +84,13 @@ def settings(
         raise RequestError(f"top_k: got {top_k!r}, expected an integer of at least 0 (0 is off)")
     if not _is_number(top_p) or not 0 <= top_p <= 1:
         raise RequestError(f"top_p: got {top_p!r}, expected a number from 0 to 1 (0 is off)")
+    if not _is_number(temperature) or not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        expected = f"a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}; top_k=1 is greedy"
+        raise RequestError(f"temperature: got {temperature!r}, expected {expected}")
     strengths = tuple(float(t) for t in values)
-    return Settings(strengths=strengths, top_k=int(top_k), top_p=float(top_p), smooth=smooth)
+    return Settings(
+        strengths=strengths, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), smooth=smooth
+    )
 
 
 def token_pyramid(tokens: Sequence[np.ndarray], config: VQVAEConfig) -> list[np.ndarray]:

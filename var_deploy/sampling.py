@@ -21,14 +21,18 @@ class Settings:
 
     #: Guidance strength t of every scale: logits = (1 + t)·conditioned − t·null. All zero: no null rows are run.
     strengths: tuple[float, ...]
+    temperature: float = 1.0  #: divides the mixed logits
     top_k: int  #: keep the k largest; 0 is off
     top_p: float  #: then keep the largest whose probabilities reach p; 0 or 1 is off
     smooth: bool  #: mix codes by Gumbel-softmax instead of taking the drawn one
 
     @property
-    def guided(self) -> bool:
-        """Whether null-class rows are needed."""
-        return any(t != 0 for t in self.strengths)
+    def guided_scales(self) -> int:
+        """Scales that need null-class rows: all up to the last whose strength is not 0.
+
+        A strength of 0 before that does not end them: their keys and values are read by the scales after.
+        """
+        return max((k + 1 for k, t in enumerate(self.strengths) if t != 0), default=0)
 
 
 def draw_scale(
@@ -36,19 +40,20 @@ def draw_scale(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int64 [B, n] and codes float32 [B, n, C] of scale k, whose first position is `begin`.
 
-    `logits_RnV` has the conditioned rows first, then, if guided, the null-class rows. Raises EngineError for logits
-    from which nothing can be drawn.
+    `logits_RnV` has the conditioned rows first, then, at a guided scale, the null-class rows. Raises EngineError for
+    logits from which nothing can be drawn.
     """
     B, n, V = len(seeds), logits_RnV.shape[1], logits_RnV.shape[2]
     tokens_Bn = np.empty((B, n), dtype=np.int64)
     codes_BnC = np.empty((B, n, codebook_VC.shape[1]), dtype=np.float32)
-    t = np.float32(settings.strengths[k])
+    t, temperature = np.float32(settings.strengths[k]), np.float32(settings.temperature)
     for image, seed in enumerate(seeds):  # image by image: the same arithmetic in any batch
         logits_nV = logits_RnV[image]
-        if settings.guided:
+        if len(logits_RnV) > B:
             logits_nV = (1 + t) * logits_nV - t * logits_RnV[B + image]
+        logits_nV = logits_nV / temperature
         if not np.isfinite(logits_nV).all():
-            raise EngineError(f"scale {k}: logits of image {image} hold NaN or infinity; check the bundle with verify")
+            raise invalid_logits(k, image)
         kept_nV = logits_nV >= kept_threshold(logits_nV, settings.top_k, settings.top_p)
         tokens_Bn[image] = invert_cdf(logits_nV, kept_nV, philox.uniforms(seed, begin, begin + n))
         if settings.smooth:
@@ -58,6 +63,11 @@ def draw_scale(
         else:
             codes_BnC[image] = codebook_VC[tokens_Bn[image]]
     return tokens_Bn, codes_BnC
+
+
+def invalid_logits(k: int, image: int) -> EngineError:
+    """The error of logits that hold NaN or infinity."""
+    return EngineError(f"scale {k}: logits of image {image} hold NaN or infinity; check the bundle with verify")
 
 
 def kept_threshold(logits_nV: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

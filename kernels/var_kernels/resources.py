@@ -187,6 +187,19 @@ def _cells(rows: tuple[Row, ...]) -> list[str]:
     return [rows[0].operation, rows[0].case, rows[0].kernel, str(rows[0].warps or "–"), *numbers, "; ".join(notes)]
 
 
+def _heading(violations: list[str]) -> str:
+    """What the page says above its table."""
+    capabilities = " / ".join(f"{capability / 10:.1f}" for capability in SHARED_LIMIT)
+    shared = " / ".join(str(limit // 1024) for limit in SHARED_LIMIT.values())
+    found = "None is broken." if not violations else "Broken: " + "; ".join(violations) + "."
+    return (
+        f"# What the kernels take\n\nCompiled ahead of time by Triton {version('triton')} for compute capabilities "
+        f"{capabilities}; no GPU was needed, and nothing here says how\nfast a kernel is. Limits: {REGISTER_LIMIT} "
+        f"registers per thread, no spilled byte, {shared} KiB of shared memory per block.\n{found} Again: `make "
+        f"kernels`.\n\n"
+    )
+
+
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Only a few cases: every kernel and branch once.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every number here, too.")] = None,
@@ -218,7 +231,7 @@ def main(
     Console().print(shown)
     if markdown is not None:
         lines = (TITLES, ["---"] * len(TITLES), *table)
-        markdown.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+        markdown.write_text(_heading(violations) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
     if json_file is not None:
         report = {"triton": version("triton"), "rows": [asdict(row) for row in rows], "violations": violations}
         json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -14,7 +14,9 @@ from safetensors import safe_open
 import var_deploy
 from var_deploy.bundle import sha256_of
 from var_deploy.engines.onnx import OnnxEngine
-from var_deploy.errors import BundleError, CheckpointError, RequestError
+from var_deploy.engines.torch import TorchEngine
+from var_deploy.errors import BundleError, CheckpointError, EngineError, RequestError
+from var_export import verify
 from var_export.bundle import write_bundle
 from var_export.checkpoint import CheckpointPair
 from var_export.verify import TOLERANCE, verify_bundle
@@ -208,3 +210,150 @@ def test_weights_of_the_copy_are_the_only_difference(small_bundle, tmp_path):
         for name in before.keys():  # noqa: SIM118 - safe_open is no mapping
             changed += int((before.get_tensor(name) != after.get_tensor(name)).sum())
     assert changed == 1
+
+
+# ---- the torch engine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torch_parity(tiny_bundle, tiny_pair):
+    return verify_bundle(tiny_bundle, *tiny_pair[1:], engine="torch", device="cpu")
+
+
+def test_the_torch_engine_passes_like_the_onnx_engine(torch_parity, parity):
+    assert torch_parity.passed
+    assert (torch_parity.engine, torch_parity.precision, torch_parity.exact) == ("torch", "fp32", True)
+    assert (parity.engine, parity.precision, parity.exact) == ("onnx", "fp32", True)
+    (rows,) = torch_parity.scales.values()
+    assert [row.scale for row in rows] == [0, 1, 2, 3]
+    for row in (*rows, *parity.scales["static"], *parity.scales["symbolic"]):
+        assert row.logit_error < 1e-4  # what the golden vectors agree to
+        assert row.token_agreement == 1.0
+        assert 0 <= row.mean_kl < 1e-9  # quadratic in an error of 1e-5
+    assert max(torch_parity.pixel_error.values()) < 1e-4
+    # Rounding of 1e-5 of pixels is 100 dB.
+    assert all(psnr > 90 for report in (torch_parity, parity) for psnr in report.decoder_psnr.values())
+    assert torch_parity.encoded_token_agreement == 1.0
+    assert torch_parity.reconstruction_error < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_report_of_the_torch_engine_is_json(small_bundle, small_paths, precision):
+    parity = verify_bundle(small_bundle, *small_paths, engine="torch", device="cpu", precision=precision)
+    data = json.loads(json.dumps(parity.to_dict(), allow_nan=False))
+    assert (data["engine"], data["precision"], data["exact"]) == ("torch", precision, precision == "fp32")
+    for field in ("scales", "pixel_error", "decoder_psnr"):
+        assert list(data[field]) == [precision]
+    assert data["passed"] is parity.passed
+    assert (data["max_mean_kl"], data["min_decoder_psnr"]) == (verify.MAX_MEAN_KL, verify.MIN_DECODER_PSNR)
+    row = data["scales"][precision][0]
+    assert row.keys() == {
+        "scale",
+        "logit_error",
+        "logit_place",
+        "token_agreement",
+        "clear_disagreements",
+        "mean_kl",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [
+        ("plain_attention", 3.0),
+        ("both", 1.5),
+        ("phi_per_scale", 0.0),
+        ("first_scale_of_four", 3.0),
+        ("one_class", 0.0),
+        ("no_downsampling", 3.0),
+    ],
+)
+def test_the_torch_engine_runs_odd_configurations(odd_states, tmp_path, name, guidance):
+    var, vqvae, *states = odd_states(name)
+    paths = tmp_path / "var.pth", tmp_path / "vae.pth"
+    for path, state in zip(paths, states, strict=True):
+        torch.save(state, path)
+    bundle = write_bundle(CheckpointPair(var, vqvae, *states), tmp_path / "bundle")
+    parity = verify_bundle(bundle, *paths, engine="torch", device="cpu", guidance=guidance)
+    assert parity.passed
+    assert max(row.logit_error for row in parity.scales["fp32"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("weight", "by"), [("head.bias", 0.25), ("blocks.1.attn.qkv.weight", 0.5), ("decoder.conv_out.bias", 0.1)]
+)
+def test_a_nudged_weight_fails_in_the_torch_engine_too(small_bundle, small_paths, tmp_path, weight, by):
+    parity = verify_bundle(nudged(small_bundle, tmp_path / "b", weight, by), *small_paths, engine="torch", device="cpu")
+    assert not parity.passed
+
+
+@pytest.mark.parametrize(
+    ("limits", "passes"),
+    [
+        ({}, True),
+        ({"MAX_MEAN_KL": 1e-9}, False),  # far less than bf16 has
+        ({"MIN_DECODER_PSNR": 150.0}, False),
+        ({"MAX_MEAN_KL": 1.0, "MIN_DECODER_PSNR": 1.0}, True),
+    ],
+    ids=["as-shipped", "divergence", "decoder", "lenient"],
+)
+def test_an_inexact_precision_is_judged_by_the_gate_alone(tiny_bundle, tiny_pair, monkeypatch, limits, passes):
+    for name, value in limits.items():
+        monkeypatch.setattr(verify, name, value)
+    # A tolerance that no engine could keep plays no part.
+    options = {"engine": "torch", "device": "cpu", "precision": "bf16", "labels": [3], "tolerance": 0.0}
+    parity = verify_bundle(tiny_bundle, *tiny_pair[1:], **options)
+    assert not parity.exact
+    assert parity.passed is passes
+    assert parity.to_dict()["max_mean_kl"] == verify.MAX_MEAN_KL
+
+
+@pytest.mark.parametrize("method", ["step", "decode"])
+def test_nan_fails_the_gate(small_bundle, small_paths, monkeypatch, method):
+    original = getattr(TorchEngine, method)
+
+    def with_one_nan(self, *arguments):
+        result = original(self, *arguments).copy()
+        result.flat[-1] = np.nan
+        return result
+
+    monkeypatch.setattr(TorchEngine, method, with_one_nan)
+    monkeypatch.setattr(verify, "MAX_MEAN_KL", 1e9)
+    monkeypatch.setattr(verify, "MIN_DECODER_PSNR", -1e9)
+    assert not verify_bundle(small_bundle, *small_paths, engine="torch", device="cpu", precision="fp16").passed
+
+
+def test_other_weights_of_the_same_shape_fail_the_gate(small_bundle, small_paths, tmp_path):
+    var_state = torch.load(small_paths[0])
+    var_state["head.weight"] = var_state["head.weight"].roll(1, dims=0)
+    torch.save(var_state, tmp_path / "var.pth")
+    options = {"engine": "torch", "device": "cpu", "precision": "bf16"}
+    assert not verify_bundle(small_bundle, tmp_path / "var.pth", small_paths[1], **options).passed
+
+
+@pytest.mark.parametrize("engine", ["auto", "warp", ""])
+def test_an_engine_is_named(small_bundle, small_paths, engine):
+    with pytest.raises(RequestError) as refusal:
+        verify_bundle(small_bundle, *small_paths, engine=engine)
+    assert str(refusal.value) == (f"engine: got {engine!r}, expected one of onnx, torch: verify says what it verified")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp4"])
+def test_what_an_engine_does_not_run_is_refused(small_bundle, small_paths, precision):
+    with pytest.raises(EngineError, match=f"precision '{precision}'"):
+        verify_bundle(small_bundle, *small_paths, engine="onnx", precision=precision)
+
+
+def test_divergence_of_distributions_known_by_hand():
+    """KL((½, ½) ‖ (¼, ¾)) = ½·ln 2 + ½·ln ⅔; a shift of all logits changes nothing."""
+    expected = np.zeros((1, 2, 2), np.float32)
+    got = np.log(np.array([[[1, 3], [1, 1]]], np.float32)) + 5
+    by_hand = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2  # the mean over two tokens, one of which is equal
+    assert verify._mean_kl(expected, got) == pytest.approx(by_hand, abs=1e-7)
+    assert verify._mean_kl(expected, expected) == 0
+
+
+def test_signal_to_noise_ratio_known_by_hand():
+    pixels = np.full((1, 3, 4, 4), 0.5, np.float32)
+    assert verify._psnr(pixels + np.float32(0.125), pixels) == pytest.approx(-20 * np.log10(0.125))
+    assert verify._psnr(pixels, pixels) == 200

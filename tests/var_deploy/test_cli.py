@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,52 @@ def test_generate_into_a_directory_names_class_and_seed(tiny_bundle, tmp_path):
         np.testing.assert_array_equal(_pixels(path), np.asarray(image))
 
 
+def test_the_torch_engine_writes_the_picture_of_the_onnx_engine(tiny_bundle, tmp_path):
+    options = ["--class", 3, "--class", 5, "--seed", 17, *FIXED, "--temperature", 1.5, "--device", "cpu"]
+    torch_options = ["--engine", "torch", "--precision", "fp32", "--decode-slice", 1]
+    gif = tmp_path / "steps.gif"
+    for name, more in (("onnx", ["--engine", "onnx"]), ("torch", [*torch_options, "--steps-gif", gif])):
+        _succeed("generate", tiny_bundle, *options, *more, "--out", tmp_path / f"{name}.png")
+    pictures = [_pixels(tmp_path / f"{name}.png").astype(int) for name in ("onnx", "torch")]
+    # Pixels differ by rounding, which may move one across half a step.
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    pipe = var_deploy.load(tiny_bundle, engine="onnx")
+    expected = image_grid(pipe.generate([3, 5], seeds=17, temperature=1.5, **SETTINGS).images)
+    np.testing.assert_array_equal(pictures[0], np.asarray(expected))
+    other = image_grid(pipe.generate([3, 5], seeds=17, **SETTINGS).images)
+    assert np.abs(pictures[0] - np.asarray(other)).max() > 10  # the temperature was heard
+    with Image.open(gif) as animation:
+        assert (animation.n_frames, animation.size) == (4, expected.size)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "onnx", "--device", "cuda"], "engine 'onnx' runs on a CPU in this version, got device 'cuda'"),
+        (["--device", "tpu"], "unknown device 'tpu'; known: auto, cpu, cuda, cuda:N"),
+        (["--precision", "fp4"], "unknown precision 'fp4'; known: auto, fp32, fp16, bf16, int8, fp8"),
+        (["--engine", "onnx", "--precision", "bf16"], "engine 'onnx' runs fp32, got precision 'bf16'; use engine"),
+        (["--engine", "onnx", "--compile-decoder"], "engine 'onnx' has no option compile_decoder; leave it out"),
+        (["--engine", "onnx", "--decode-slice", 2], "engine 'onnx' has no option decode_slice; leave it out"),
+        (["--engine", "torch", "--threads", 2], "engine 'torch' has no option threads; leave it out"),
+        (["--engine", "onnx", "--temperature", 0], "temperature: got 0.0, expected a number from 0.001 to 1000"),
+        (["--engine", "onnx", "--temperature", "nan"], "temperature: got nan, expected a number from 0.001 to 1000"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "_".join(map(str, value)).replace("--", ""),
+)
+def test_a_wrong_engine_option_is_one_line_and_leaves_nothing(tiny_bundle, tmp_path, options, message):
+    assert message in _fail("generate", tiny_bundle, "--class", 1, *options, "--out", tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_is_not_there_is_one_line(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is none, wherever this runs
+    for options in (["--engine", "torch", "--device", "cuda"], ["--device", "cuda:1"]):
+        line = _fail("generate", tiny_bundle, "--class", 1, *options, "--out", tmp_path / "x.png")
+        assert line.endswith(" sees no GPU; use device 'cpu'")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,7 +208,7 @@ def test_generate_into_a_directory_names_class_and_seed(tiny_bundle, tmp_path):
             ["--class", 1, "--guidance", "much", "--out", "x"],
             "guidance: got 'much', expected a number or one per scale, like 0,0.5,1",
         ),
-        (["--class", 1, "--engine", "warp", "--out", "x.png"], "unknown engine 'warp'; known: auto, onnx"),
+        (["--class", 1, "--engine", "warp", "--out", "x.png"], "unknown engine 'warp'; known: auto, onnx, torch"),
         (
             ["--class", 1, "--out", "x.docx"],
             "x.docx: unknown picture format '.docx'; use .png, .jpg, .jpeg, .webp, or a directory name",
@@ -206,7 +253,17 @@ def test_a_changed_bundle_is_one_line_and_leaves_nothing(tiny_copy, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("arguments", [["generate", "b"], ["paint"], ["bench", "b", "--repeats", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "b"],
+        ["paint"],
+        ["bench", "b", "--repeats", "0"],
+        ["generate", "b", "--class", "1", "--out", "x.png", "--decode-slice", "0"],
+        ["generate", "b", "--class", "1", "--out", "x.png", "--temperature", "warm"],
+    ],
+    ids=lambda arguments: "_".join(arguments[:1] + arguments[-2:]).replace("--", ""),
+)
 def test_wrong_usage_exits_with_two(arguments):
     result = _run(*arguments)
     assert result.returncode == 2
@@ -254,25 +311,85 @@ def test_verify_fails_for_one_nudged_weight_though_it_was_sealed_again(tiny_copy
     assert "Traceback" not in result.stderr
 
 
+def test_verify_judges_a_lower_precision_by_the_fidelity_gate(tiny_bundle, tiny_pair):
+    _, var, vae = tiny_pair
+    options = ["--var", var, "--vae", vae, "--engine", "torch", "--device", "cpu", "--precision", "bf16"]
+    said = _succeed("verify", tiny_bundle, *options)
+    assert "torch engine, bf16, against the reference" in said
+    (line,) = [line for line in said.splitlines() if "fidelity gate" in line]
+    number = r"\d\.\de-\d\d"
+    assert re.fullmatch(
+        rf"fidelity gate passed: largest mean KL of a scale {number} \(limit 0\.01\), decoder [\d.]+ dB \(limit 40\); "
+        rf"bf16 is approximate: logits {number}, encoder tokens [\d.]+% equal",
+        line.strip(),
+    )
+    assert "parity" not in said
+
+
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
 
-def test_bench_prints_one_json_object_with_the_reference_of_the_same_run(tiny_bundle):
-    data = json.loads(_succeed("bench", tiny_bundle, "--repeats", 2, "--json"))
+def test_bench_prints_one_json_object_with_the_reference_of_the_same_run(tiny_bundle, tmp_path):
+    out = tmp_path / "new" / "bench.json"
+    data = json.loads(_succeed("bench", tiny_bundle, "--repeats", 2, "--threads", 1, "--json", "--out", out))
     (row,) = data["rows"]
     assert row["batch"] == 1
     assert row["speedup"] > 0
-    assert row["reference"].keys() == row["seconds"].keys() == {"median", "minimum", "maximum"}
+    quantiles = {"median", "minimum", "maximum", "p10", "p90", "p99", "count"}
+    assert row["reference"].keys() == row["seconds"].keys() == quantiles
     assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["median"])
     assert {"condition", "scale_00", "draw", "finish", "decode"} <= row["stages"].keys()
     assert row["pss_bytes"] > 0
     assert data["machine"]["onnxruntime"]
+    assert json.loads(out.read_text(encoding="utf-8")) == data
+    assert [path.name for path in out.parent.iterdir()] == ["bench.json"]
 
 
-def test_bench_for_people_names_machine_and_ratio(tiny_bundle):
-    said = _succeed("bench", tiny_bundle, "--repeats", 1, "--no-reference", "--batch", 2)
-    for word in ("images/s", "not run", "median seconds per stage", "machine: processor"):
+def test_bench_for_people_names_machine_and_ratio(tiny_bundle, tmp_path):
+    options = ["--repeats", 1, "--no-reference", "--batch", 2, "--threads", 1]
+    said = _succeed("bench", tiny_bundle, *options, "--plot", tmp_path / "bench.png")
+    for word in ("images/s", "not run", "per stage: condition", "machine: processor"):
         assert word in said
+    with Image.open(tmp_path / "bench.png") as image:
+        assert image.format == "PNG"
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
+
+
+def test_bench_of_a_preset_makes_its_weights_and_sweeps_precisions(monkeypatch):
+    from typer.testing import CliRunner
+
+    from var_deploy import cli
+    from var_deploy.config import VARConfig, VQVAEConfig
+    from var_export import random_bundle
+    from var_train.presets import PRESETS
+
+    both = {"patch_nums": (1, 2), "vocab_size": 61}
+    var = VARConfig(**both, num_classes=5, depth=1, embed_dim=64, ffn_dim=256)
+    monkeypatch.setitem(PRESETS, "small", (1, both["patch_nums"], False))
+    monkeypatch.setattr(random_bundle, "preset_configs", lambda _: (var, VQVAEConfig(**both, ch=32, ch_mult=(1,))))
+    options = ["--precision", "fp32", "--precision", "int8", "--repeats", "2", "--no-reference", "--no-stages"]
+    done = CliRunner().invoke(cli.app, ["bench", "--preset", "small", "--device", "cpu", *options, "--json"])
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert [(row["engine"], row["precision"]) for row in data["rows"]] == [("torch", "fp32"), ("torch", "int8")]
+    assert (data["model"]["depth"], data["rows"][0]["stages"]) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "bench: got neither, expected either a bundle directory or --preset NAME"),
+        (["b", "--preset", "d16"], "bench: got both, expected either a bundle directory or --preset NAME"),
+        (["--preset", "d17"], "unknown preset 'd17'; known: d16, d20, d24, d30, d36-s"),
+        (["--preset", "d16", "--engine", "onnx"], "engine 'onnx' runs graphs from files, random weights have none"),
+        (["--preset", "d16", "--threads", "1"], "a preset runs on engine 'torch', which has no options threads and"),
+        (["--preset", "d16", "--precision", "fp12"], "unknown precision 'fp12'; known: auto, fp32, fp16, bf16, int8"),
+        (["b", "--plot", "x.jpg"], "x.jpg: unknown plot format '.jpg'; use .png, .svg, .pdf"),
+    ],
+    ids=["neither", "both", "preset", "onnx", "threads", "precision", "plot"],
+)
+def test_a_wrong_bench_is_one_line(arguments, message):
+    assert message in _fail("bench", *arguments)
 
 
 def test_the_installed_program_is_the_same_command_line():

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine against the golden vectors of the published code, with both kinds of graphs."""
+"""Both engines against the golden vectors of the published code; the ONNX Runtime engine with both kinds of graphs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ import var_deploy
 from golden import GOLDEN_NAMES, Golden
 from var_deploy.engines import Graphs
 
+#: What runs a bundle, all in float32: as arguments of `load`.
+ENGINES = {
+    **{f"onnx-{graphs}": {"engine": "onnx", "graphs": graphs} for graphs in Graphs},
+    "torch": {"engine": "torch", "precision": "fp32"},
+}
+
 # float32 on a CPU; the vectors come from another build of the same operations.
 ATOL = 1e-4
 
 Case = tuple[Golden, var_deploy.Pipeline]
 
 
-@pytest.fixture(scope="module", params=list(itertools.product(GOLDEN_NAMES, Graphs)), ids="-".join)
+@pytest.fixture(scope="module", params=list(itertools.product(GOLDEN_NAMES, ENGINES)), ids="-".join)
 def case(request: pytest.FixtureRequest) -> Case:
-    name, graphs = request.param
+    name, engine = request.param
     golden: Golden = request.getfixturevalue(f"{name}_pair")[0]
     bundle: Path = request.getfixturevalue(f"{name}_bundle")
-    return golden, var_deploy.load(bundle, engine="onnx", device="cpu", graphs=graphs)
+    return golden, var_deploy.load(bundle, device="cpu", **ENGINES[engine])
 
 
 def test_logits_of_every_scale_given_the_golden_tokens(case: Case):

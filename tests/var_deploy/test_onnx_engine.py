@@ -22,7 +22,7 @@ IN_PLACE_WARNING = "in-place optimization not activated"
 
 @pytest.fixture(scope="module", params=list(Graphs))
 def pipe(request: pytest.FixtureRequest, tiny_bundle: Path) -> var_deploy.Pipeline:
-    return var_deploy.load(tiny_bundle, graphs=request.param)
+    return var_deploy.load(tiny_bundle, engine="onnx", graphs=request.param)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -42,6 +42,30 @@ def test_a_row_gets_the_same_logits_whatever_the_number_of_rows(pipe, rows):
         np.testing.assert_allclose(logits_RnV, expected_8nV[:rows], atol=atol, rtol=0, err_msg=f"scale {k}")
         shape = (8, config.tokens_per_scale[k], config.z_channels)
         codes_8nC = np.random.default_rng(k).standard_normal(shape, dtype=np.float32)
+
+
+def test_dropped_rows_leave_the_others_alone(pipe):
+    """Codes for fewer rows drop the rows behind them, one by one down to a single row; f_hat and caches follow."""
+    engine, config = pipe.engine, pipe.bundle.manifest.var
+    dropping, keeping = (engine.begin(np.array([1, 2, 3, 10, 10, 10])) for _ in range(2))
+    codes_6nC = None
+    for k, rows in enumerate([6, 5, 3, 1]):
+        codes_RnC = None if codes_6nC is None else codes_6nC[:rows]
+        logits_RnV, expected_6nV = engine.step(dropping, k, codes_RnC), engine.step(keeping, k, codes_6nC)
+        assert logits_RnV.shape == (rows, config.tokens_per_scale[k], config.vocab_size)
+        atol = 0 if engine._symbolic else 1e-5  # as above
+        np.testing.assert_allclose(logits_RnV, expected_6nV[:rows], atol=atol, rtol=0, err_msg=f"scale {k}")
+        np.testing.assert_array_equal(dropping.f_hat_RChh, keeping.f_hat_RChh[:rows])
+        shape = (6, config.tokens_per_scale[k], config.z_channels)
+        codes_6nC = np.random.default_rng(k).standard_normal(shape, dtype=np.float32)
+    f_hat_1Chh, f_hat_6Chh = engine.finish(dropping, codes_6nC[:1]), engine.finish(keeping, codes_6nC)
+    np.testing.assert_allclose(f_hat_1Chh, f_hat_6Chh[:1], atol=1e-5, rtol=0)  # sums of one image or six
+
+
+def test_no_cache_is_copied_when_null_rows_end_early(pipe, capfd):
+    pipe.generate([1, 2, 3], guidance=[1.0, 2.0, 0, 0])
+    pipe.generate([4], guidance=[2.0, 0, 0, 0])
+    assert IN_PLACE_WARNING not in capfd.readouterr().err
 
 
 # ---- caches ----------------------------------------------------------------------------------------------------------
@@ -136,8 +160,8 @@ def test_two_threads_get_the_pictures_they_would_get_one_by_one(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "cuda"}, "unknown engine 'cuda'; known: auto, onnx"),
-        ({"device": "tpu"}, "unknown device 'tpu'; known: auto, cpu"),
+        ({"engine": "cuda"}, "unknown engine 'cuda'; known: auto, onnx, torch"),
+        ({"device": "tpu"}, "unknown device 'tpu'; known: auto, cpu, cuda, cuda:N"),
         ({"graphs": "both"}, "unknown graphs 'both'; known: symbolic, static"),
         ({"threads": 0}, "threads: got 0, expected at least 1, or none for one per core"),
     ],
@@ -152,7 +176,7 @@ def test_a_missing_library_names_the_extra_to_install(tiny_bundle, monkeypatch):
     monkeypatch.delitem(sys.modules, "var_deploy.engines.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=r"^engine 'onnx' needs onnxruntime .*; pip install 'var-deploy\[cpu\]'$"):
-        var_deploy.load(tiny_bundle)
+        var_deploy.load(tiny_bundle, engine="onnx")
 
 
 def test_the_choice_is_logged_with_its_reason(tiny_bundle, caplog):
@@ -162,7 +186,7 @@ def test_the_choice_is_logged_with_its_reason(tiny_bundle, caplog):
 
 
 def test_one_thread_gives_the_same_tokens(tiny_bundle, pipe):
-    out = var_deploy.load(tiny_bundle, threads=1).generate([5], seeds=3, top_k=60)
+    out = var_deploy.load(tiny_bundle, engine="onnx", threads=1).generate([5], seeds=3, top_k=60)
     expected = pipe.generate([5], seeds=3, top_k=60)
     np.testing.assert_array_equal(np.concatenate(out.tokens, 1), np.concatenate(expected.tokens, 1))
 
@@ -171,7 +195,7 @@ def test_a_graph_that_is_no_graph_is_named(tiny_copy, reseal):
     (tiny_copy / "decoder.onnx").write_bytes(b"not a graph")
     reseal(tiny_copy, "decoder.onnx")
     with pytest.raises(EngineError, match=r"decoder\.onnx: ONNX Runtime [\d.]+ failed: "):
-        var_deploy.load(tiny_copy)
+        var_deploy.load(tiny_copy, engine="onnx")
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "hidden", "link"])
@@ -213,6 +237,6 @@ def test_a_graph_altered_in_another_way_loads(tiny_copy, reseal):
 
 def _load_all(bundle: Path) -> None:
     """Loads a bundle with all its sessions; the encoder's is made when it is first used."""
-    engine = var_deploy.load(bundle).engine
+    engine = var_deploy.load(bundle, engine="onnx").engine
     assert isinstance(engine, OnnxEngine)
     engine.encode(np.zeros((1, 3, 64, 64), np.float32))

@@ -17,6 +17,7 @@ from golden import golden_config, rule_state_dicts
 from var_deploy import philox
 from var_deploy.errors import EngineError, RequestError
 from var_deploy.pipeline import Generation, Pipeline, Preview
+from var_deploy.sampling import Settings, draw_scale
 from var_train import VAR, VQVAE, generate
 
 SETTINGS = {"guidance": 3.0, "top_k": 60, "top_p": 0.9}
@@ -27,13 +28,13 @@ SEEDS = [11, 2, 3, 2**64 - 1, 0, 6, 7, 8]
 @pytest.fixture(scope="module")
 def pipe(tiny_bundle: Path) -> Pipeline:
     """Four scales, 10 classes, 256 codes."""
-    return var_deploy.load(tiny_bundle)
+    return var_deploy.load(tiny_bundle, engine="onnx")
 
 
 @pytest.fixture(scope="module")
 def wide(shared_aln_bundle: Path) -> Pipeline:
     """Five scales, 20 classes, 512 codes."""
-    return var_deploy.load(shared_aln_bundle)
+    return var_deploy.load(shared_aln_bundle, engine="onnx")
 
 
 def _tokens(out: Generation) -> np.ndarray:
@@ -72,7 +73,7 @@ def test_repeating_a_request_repeats_its_bits(wide: Pipeline):
 
 
 def test_symbolic_and_static_graphs_draw_the_same_tokens(wide: Pipeline, shared_aln_bundle: Path):
-    static = var_deploy.load(shared_aln_bundle, graphs="static")
+    static = var_deploy.load(shared_aln_bundle, engine="onnx", graphs="static")
     ours, theirs = (p.generate(BATCH, seeds=SEEDS, **SETTINGS) for p in (wide, static))
     np.testing.assert_array_equal(_tokens(ours), _tokens(theirs))
     # Two orders of the same float32 sums.
@@ -173,11 +174,110 @@ def test_the_bundles_defaults_are_used_where_a_request_is_silent(pipe: Pipeline)
     np.testing.assert_array_equal(silent.pixels, said.pixels)
 
 
-@pytest.mark.parametrize("setting", [{"guidance": 4.0}, {"top_k": 3}, {"top_p": 0.2}, {"smooth": True}])
+@pytest.mark.parametrize(
+    "setting", [{"guidance": 4.0}, {"top_k": 3}, {"top_p": 0.2}, {"temperature": 0.5}, {"smooth": True}]
+)
 def test_every_setting_changes_the_image(pipe: Pipeline, setting):
     base = {"guidance": 1.0, "top_k": 200, "top_p": 0.95, "smooth": False}
     pixels = pipe.generate([5], seeds=2, **base).pixels
     assert np.abs(pipe.generate([5], seeds=2, **{**base, **setting}).pixels - pixels).max() > 0.01
+
+
+# ---- temperature -----------------------------------------------------------------------------------------------------
+
+
+def test_a_temperature_of_one_is_what_a_silent_request_gets(pipe: Pipeline):
+    said = pipe.generate([5, 6], seeds=2, temperature=1)
+    np.testing.assert_array_equal(pipe.generate([5, 6], seeds=2).pixels, said.pixels)
+
+
+def test_the_least_temperature_is_greedy_and_the_largest_forgets_the_class(pipe: Pipeline):
+    settings = {"guidance": 2.0, "top_k": 0, "top_p": 0}
+    greedy = pipe.generate([5, 6], seeds=2, **{**settings, "top_k": 1})
+    cold = pipe.generate([5, 6], seeds=2, temperature=1e-3, **settings)
+    # Of two logits that lie within a few thousandths either may be drawn, and what follows differs.
+    assert (_tokens(cold) == _tokens(greedy)).mean() > 0.8
+    # Logits reach about 5: divided by 1000 all tokens are as likely, and the uniform numbers decide alone.
+    hot = _tokens(pipe.generate([5, 6], seeds=[3, 3], temperature=1e3, **settings))
+    uniforms = np.floor(256 * philox.uniforms(3, 0, 30))
+    assert np.abs(hot - uniforms).max() <= 3
+    assert np.abs(hot[0] - hot[1]).max() <= 3
+
+
+def test_temperature_of_a_number_of_numpy(pipe: Pipeline):
+    plain = pipe.generate(3, seeds=4, temperature=1.5)
+    np.testing.assert_array_equal(pipe.generate(3, seeds=4, temperature=np.float64(1.5)).pixels, plain.pixels)
+
+
+# ---- null rows end with the last guided scale, in both engines -------------------------------------------------------
+
+ENGINES = {
+    "onnx": {"engine": "onnx"},
+    "onnx-static": {"engine": "onnx", "graphs": "static", "threads": 1},
+    "torch": {"engine": "torch", "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def any_pipe(request: pytest.FixtureRequest, tiny_bundle: Path) -> Pipeline:
+    return var_deploy.load(tiny_bundle, **ENGINES[request.param])
+
+
+def _with_all_rows(pipe: Pipeline, labels: list[int], seeds: list[int], strengths: list[float]) -> Any:
+    """(logits of the conditioned rows, tokens, pixels) of a loop that runs null rows at every scale."""
+    config, engine, B = pipe.bundle.manifest.var, pipe.engine, len(labels)
+    codebook_VC = pipe.bundle.weight("quantize.embedding.weight")
+    settings = Settings(strengths=tuple(strengths), top_k=60, top_p=0.9, smooth=False)
+    state, codes_BnC = engine.begin(np.array(labels + [config.null_class] * B)), None
+    logits, tokens = [], []
+    for k in range(config.num_scales):
+        codes_RnC = None if codes_BnC is None else np.concatenate([codes_BnC, codes_BnC])
+        logits_RnV = engine.step(state, k, codes_RnC)
+        logits.append(logits_RnV[:B].copy())
+        tokens_Bn, codes_BnC = draw_scale(logits_RnV, k, config.span(k)[0], seeds, settings, codebook_VC)
+        tokens.append(tokens_Bn)
+    return logits, tokens, engine.decode(engine.finish(state, codes_BnC))
+
+
+@pytest.mark.parametrize("labels", [[4], [1, 2, 3]], ids=["one", "three"])
+@pytest.mark.parametrize("strengths", [[2.0, 0, 0, 0], [1.0, 3.0, 0, 0], [0, 2.0, 0, 0], [0, 0, 2.0, 0]], ids=str)
+def test_leaving_out_null_rows_that_nothing_reads_is_exact(any_pipe: Pipeline, strengths, labels):
+    """A strength of 0 takes the conditioned logits as they are; rows that ran beside them must not matter."""
+    config, engine, B = any_pipe.bundle.manifest.var, any_pipe.engine, len(labels)
+    seeds = list(range(30, 30 + B))
+    logits, tokens, pixels = _with_all_rows(any_pipe, labels, seeds, strengths)
+    out = any_pipe.generate(labels, seeds=seeds, guidance=strengths, top_k=60, top_p=0.9)
+    np.testing.assert_array_equal(_tokens(out), np.concatenate(tokens, axis=1))
+    # Given the same tokens all else is equal, but for libraries that take another algorithm for another batch.
+    np.testing.assert_allclose(out.pixels, pixels, atol=1e-4, rtol=0)
+    guided = max(k + 1 for k, t in enumerate(strengths) if t)
+    codebook_VC = any_pipe.bundle.weight("quantize.embedding.weight")
+    state, codes_RnC = engine.begin(np.array(labels + [config.null_class] * B)), None
+    for k in range(config.num_scales):
+        logits_RnV = engine.step(state, k, codes_RnC)
+        assert len(logits_RnV) == (2 * B if k < guided else B)
+        # Packed products add up in one order whatever the number of rows, others need not: float32 rounding.
+        atol = 0 if getattr(engine, "_symbolic", False) else 1e-5
+        np.testing.assert_allclose(logits_RnV[:B], logits[k], atol=atol, rtol=0, err_msg=f"scale {k}")
+        codes_RnC = np.concatenate([codebook_VC[tokens[k]]] * (2 if k + 1 < guided else 1))
+
+
+def test_a_last_strength_that_is_all_but_zero_runs_all_rows_to_the_same_picture(any_pipe: Pipeline):
+    """Its float32 value is 0, so the mixture is the conditioned logits, but null rows run to the end."""
+    ended = any_pipe.generate([1, 7], seeds=5, guidance=[1.0, 2.0, 0, 0])
+    to_the_end = any_pipe.generate([1, 7], seeds=5, guidance=[1.0, 2.0, 0, 1e-60])
+    np.testing.assert_array_equal(_tokens(ended), _tokens(to_the_end))
+    # Products of fewer rows may add up in another order.
+    np.testing.assert_allclose(ended.pixels, to_the_end.pixels, atol=1e-4, rtol=0)
+
+
+def test_null_rows_are_left_out_by_the_loop_on_the_host(pipe: Pipeline, monkeypatch):
+    rows: list[int] = []
+    step = pipe.engine.step
+    monkeypatch.setattr(pipe.engine, "step", lambda *at: rows.append(len(logits := step(*at))) or logits)
+    for guidance in ([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]):
+        pipe.generate([1, 2, 3], guidance=guidance)
+    assert rows == [6, 3, 3, 3, 6, 6, 3, 3, 6, 6, 6, 6, 3, 3, 3, 3]
 
 
 # ---- previews --------------------------------------------------------------------------------------------------------
@@ -291,6 +391,10 @@ def test_scalars_of_numpy_are_scalars(pipe: Pipeline):
         ({"top_p": -0.5}, "top_p: got -0.5, expected a number from 0 to 1 (0 is off)"),
         ({"top_p": float("nan")}, "top_p: got nan, expected a number from 0 to 1 (0 is off)"),
         ({"top_p": "most"}, "top_p: got 'most', expected a number from 0 to 1 (0 is off)"),
+        *(
+            ({"temperature": got}, f"temperature: got {got!r}, expected a number from 0.001 to 1000; top_k=1 is greedy")
+            for got in (0, -1.0, 9.9e-4, 1000.1, float("nan"), float("inf"), "hot", True, None, [1.0])
+        ),
     ],
     ids=str,
 )
@@ -384,4 +488,4 @@ def test_weights_that_yield_nan_are_an_error_that_names_scale_and_image(tiny_cop
     (tiny_copy / "weights.safetensors").write_bytes(content)
     reseal(tiny_copy, "weights.safetensors")
     with pytest.raises(EngineError, match=r"^scale 0: logits of image 0 hold NaN or infinity; check the bundle"):
-        var_deploy.load(tiny_copy).generate([1])
+        var_deploy.load(tiny_copy, engine="onnx").generate([1])

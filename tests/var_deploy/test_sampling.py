@@ -24,8 +24,10 @@ JUST_BELOW_ONE = np.nextafter(1.0, 0.0)
 FILTERS = {"none": (0, 0.0), "top_k": (11, 0.0), "top_p": (0, 0.9), "both": (17, 0.8)}
 
 
-def _settings(*strengths: float, top_k: int = 0, top_p: float = 0.0, smooth: bool = False) -> Settings:
-    return Settings(strengths=strengths or (0.0, 0.0), top_k=top_k, top_p=top_p, smooth=smooth)
+def _settings(
+    *strengths: float, top_k: int = 0, top_p: float = 0.0, smooth: bool = False, temperature: float = 1.0
+) -> Settings:
+    return Settings(strengths=strengths or (0.0, 0.0), temperature=temperature, top_k=top_k, top_p=top_p, smooth=smooth)
 
 
 # ---- which tokens are kept -------------------------------------------------------------------------------------------
@@ -105,10 +107,10 @@ def _fixed_row() -> np.ndarray:
     return (1.5 * np.random.default_rng(3).standard_normal(V)).astype(np.float32)
 
 
-def _runtime_counts(row_V: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+def _runtime_counts(row_V: np.ndarray, top_k: int, top_p: float, temperature: float = 1.0) -> np.ndarray:
     """How often `draw_scale` draws each token: 100 images with their own seeds, 200 positions each."""
     logits_BnV = np.broadcast_to(row_V, (100, 200, V))
-    settings = _settings(top_k=top_k, top_p=top_p)
+    settings = _settings(top_k=top_k, top_p=top_p, temperature=temperature)
     tokens_Bn, _ = draw_scale(logits_BnV, 1, 30, list(range(100)), settings, np.zeros((V, 2), np.float32))
     return np.bincount(tokens_Bn.ravel(), minlength=V)
 
@@ -157,6 +159,90 @@ def test_the_chi_square_test_tells_a_slightly_different_distribution():
     row_V = _fixed_row()
     warmer = _published_probabilities(row_V * np.float32(0.95), 0, 0.0)
     assert _chi_square_p(_runtime_counts(row_V, 0, 0.0), warmer) < 1e-6
+
+
+# ---- temperature -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.5, 4.0])
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS.values(), ids=FILTERS)
+def test_draws_follow_the_softmax_of_the_divided_logits(temperature, top_k, top_p):
+    row_V = 0.4 * _fixed_row()  # at 0.5, top-p still keeps several
+    counts_V = _runtime_counts(row_V, top_k, top_p, temperature)
+    divided_V = row_V / np.float32(temperature)  # before the filters: top-p keeps more of a warmer distribution
+    assert _chi_square_p(counts_V, _published_probabilities(divided_V, top_k, top_p)) > SMALLEST_P
+
+
+def test_the_chi_square_test_tells_a_slightly_different_temperature():
+    row_V = _fixed_row()
+    probability_V = torch.from_numpy(row_V).double().div(1.4).softmax(0)
+    assert _chi_square_p(_runtime_counts(row_V, 0, 0.0, 1.4), probability_V) > SMALLEST_P
+    assert _chi_square_p(_runtime_counts(row_V, 0, 0.0, 1.5), probability_V) < 1e-6
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_temperature_divides_the_mixed_logits(smooth):
+    rng, t, B, n = np.random.default_rng(7), 1.3, 2, 6
+    logits_RnV = rng.standard_normal((2 * B, n, V)).astype(np.float32)
+    codebook_VC = rng.standard_normal((V, 3)).astype(np.float32)
+    options = {"top_k": 20, "top_p": 0.9, "smooth": smooth}
+    warm = _settings(0.0, t, temperature=1.7, **options)
+    tokens_Bn, codes_BnC = draw_scale(logits_RnV, 1, 3, [1, 2], warm, codebook_VC)
+    mixed_BnV = (1 + np.float32(t)) * logits_RnV[:B] - np.float32(t) * logits_RnV[B:]
+    plain = _settings(0.0, 0.0, **options)
+    expected = draw_scale(mixed_BnV / np.float32(1.7), 1, 3, [1, 2], plain, codebook_VC)
+    np.testing.assert_array_equal(tokens_Bn, expected[0])
+    np.testing.assert_array_equal(codes_BnC, expected[1])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS.values(), ids=FILTERS)
+def test_the_smallest_temperature_is_greedy(top_k, top_p):
+    """At 10⁻³, the least that a request may ask for, every other token has a probability below e⁻¹⁰."""
+    rows_BnV = np.random.default_rng(8).permuted(np.tile(0.01 * np.arange(V, dtype=np.float32), (3, 40, 1)), axis=-1)
+    settings = _settings(top_k=top_k, top_p=top_p, temperature=1e-3)
+    tokens_Bn, _ = draw_scale(rows_BnV, 1, 0, [4, 5, 6], settings, np.zeros((V, 2), np.float32))
+    differs = tokens_Bn != rows_BnV.argmax(-1)
+    assert differs.sum() == 0  # of 120 draws, one in 180 such tests would have one
+
+
+def test_the_largest_temperature_is_nearly_uniform():
+    counts_V = _runtime_counts(_fixed_row(), 0, 0.0, 1e3)
+    assert _chi_square_p(counts_V, torch.full((V,), 1 / V, dtype=torch.float64)) > SMALLEST_P
+
+
+def test_temperature_leaves_a_greedy_draw_alone():
+    logits_BnV = np.random.default_rng(11).standard_normal((2, 9, V)).astype(np.float32)
+    for temperature in (1e-3, 0.3, 7.0, 1e3):
+        settings = _settings(top_k=1, temperature=temperature)
+        tokens_Bn, _ = draw_scale(logits_BnV, 1, 0, [1, 2], settings, np.zeros((V, 2), np.float32))
+        np.testing.assert_array_equal(tokens_Bn, logits_BnV.argmax(-1))
+
+
+# ---- scales that need null rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strengths", "guided"),
+    [
+        ((0.0, 0.0, 0.0), 0),
+        ((0.0, 0.75, 1.5), 3),
+        ((2.0, 0.0, 0.0), 1),
+        ((0.0, 2.0, 0.0), 2),
+        ((2.0, 0.0, 1e-30), 3),  # a strength of 0 before the last does not end them
+        ((0.0, -0.0), 0),
+    ],
+)
+def test_null_rows_are_needed_up_to_the_last_strength(strengths, guided):
+    assert _settings(*strengths).guided_scales == guided
+
+
+def test_without_null_rows_the_strength_does_not_matter():
+    logits_BnV = np.random.default_rng(12).standard_normal((2, 5, V)).astype(np.float32)
+    drawn = [
+        draw_scale(logits_BnV, 1, 4, [1, 2], _settings(3.0, t, top_k=30), np.zeros((V, 2), np.float32))[0]
+        for t in (0.0, 2.0)
+    ]
+    np.testing.assert_array_equal(*drawn)
 
 
 # ---- a scale of a batch ----------------------------------------------------------------------------------------------

@@ -54,12 +54,15 @@ def preset_configs(name: str) -> tuple[VARConfig, VQVAEConfig]:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Fills a model so that activations keep their size through it; each tensor is a function of its key and shape."""
+    """Fills a model so that activations keep their size through it.
+
+    Each tensor is a function of its key, its shape and the kind of device that it lies on.
+    """
     for key, tensor in model.state_dict().items():
         leaf = key.rsplit(".", 1)[-1]
         if key in ("lvl_1L", "attn_bias_for_masking") or "ema_vocab_hit" in key or leaf == "zero_k_bias":
             continue
-        tensor.normal_(generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+        tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(zlib.crc32(key.encode())))
         if leaf == "scale_mul_1H11":
             tensor.mul_(0.1).add_(math.log(4.0))
         elif "norm" in key and leaf == "weight":

@@ -1,6 +1,6 @@
-"""Engines: what runs a bundle's graphs."""
+"""Engines: what runs a bundle."""
 
-from .choice import engine_for
-from .engine import Engine, Graphs, State
+from .choice import EngineOptions, engine_for
+from .engine import DeviceLoop, Engine, Graphs, LoopResult, State
 
-__all__ = ["Engine", "Graphs", "State", "engine_for"]
+__all__ = ["DeviceLoop", "Engine", "EngineOptions", "Graphs", "LoopResult", "State", "engine_for"]

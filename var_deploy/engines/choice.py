@@ -2,35 +2,125 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import re
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 from ..bundle import Bundle
 from ..errors import EngineError
+from ..precision import Precision
 from .engine import Engine, Graphs
 
 log = logging.getLogger("var_deploy")
 
-ENGINES = ("onnx",)
-DEVICES = ("cpu",)
+ENGINES = ("onnx", "torch")
 
 
-def engine_for(bundle: Bundle, engine: str, device: str, *, graphs: str, threads: int | None) -> Engine:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an engine runs; see `var_deploy.load`."""
+
+    precision: str = "auto"
+    graphs: str = "symbolic"
+    threads: int | None = None
+    decode_slice: int | None = None
+    compile_decoder: bool = False
+
+
+def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions) -> Engine:
     """The engine asked for, or with "auto" the best that runs here; the choice is logged with its reason.
 
-    Raises EngineError when it is unknown or its library is missing.
+    Raises EngineError when it is unknown, its library or device is missing, or an option does not apply to it.
     """
     if engine not in ("auto", *ENGINES):
         raise EngineError(f"unknown engine {engine!r}; known: auto, {', '.join(ENGINES)}")
-    if device not in ("auto", *DEVICES):
-        raise EngineError(f"unknown device {device!r}; known: auto, {', '.join(DEVICES)}")
-    if graphs not in set(Graphs):
-        raise EngineError(f"unknown graphs {graphs!r}; known: {', '.join(Graphs)}")
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads: got {threads}, expected at least 1, or none for one per core")
+    if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]*))?", device):
+        raise EngineError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N")
+    if options.precision not in ("auto", *Precision):
+        raise EngineError(f"unknown precision {options.precision!r}; known: auto, {', '.join(Precision)}")
+    if options.graphs not in set(Graphs):
+        raise EngineError(f"unknown graphs {options.graphs!r}; known: {', '.join(Graphs)}")
+    for name, value, default in (
+        ("threads", options.threads, "one per core"),
+        ("decode_slice", options.decode_slice, "all images at once"),
+    ):
+        if value is not None and value < 1:
+            raise EngineError(f"{name}: got {value}, expected at least 1, or none for {default}")
+    reason = "asked for"
+    if engine == "auto":
+        engine, reason = _best(device)
+    _refuse_foreign_options(engine, options)
+    start = _torch if engine == "torch" else _onnx
+    return start(bundle, device, options, reason)
+
+
+def _best(device: str) -> tuple[str, str]:
+    """Engine and reason for "auto": the GPU where everything that it needs is there, else the CPU."""
+    if device.startswith("cuda"):
+        return "torch", "the engine for GPUs"
+    if device == "cpu":
+        return "onnx", "the fastest engine on a CPU"
+    if not _driver_present():
+        return "onnx", "no NVIDIA driver found"
+    missing = [package for package in ("torch", "triton") if find_spec(package) is None]
+    if missing:
+        return "onnx", f"a GPU is there, but {' and '.join(missing)} is not installed: pip install 'var-deploy[gpu]'"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "onnx", "a GPU is there, but the installed PyTorch has no CUDA"
+    return "torch", "a GPU is there"
+
+
+def _driver_present() -> bool:
+    """Whether NVIDIA's driver library loads; asked first because importing PyTorch takes seconds."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
+    """An option that the engine would not follow is an error, not a silence."""
+    if engine == "onnx":
+        if options.precision not in ("auto", Precision.FP32):
+            raise EngineError(f"engine 'onnx' runs fp32, got precision {options.precision!r}; use engine 'torch'")
+        given: dict[str, object] = {
+            "decode_slice": options.decode_slice,
+            "compile_decoder": options.compile_decoder,
+        }
+    else:
+        given = {"threads": options.threads, "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None}
+    foreign = [name for name, value in given.items() if value]
+    if foreign:
+        raise EngineError(f"engine {engine!r} has no option {', '.join(foreign)}; leave it out")
+
+
+def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:
+    if device.startswith("cuda"):
+        raise EngineError(f"engine 'onnx' runs on a CPU in this version, got device {device!r}; use engine 'torch'")
     try:
         from .onnx import OnnxEngine
     except ImportError as error:
         raise EngineError(f"engine 'onnx' needs onnxruntime ({error}); pip install 'var-deploy[cpu]'") from error
-    reason = "asked for" if engine == "onnx" else "the only engine of this version"
-    log.info("engine onnx on cpu (%s), %s graphs", reason, graphs)
-    return OnnxEngine(bundle, graphs=Graphs(graphs), threads=threads)
+    log.info("engine onnx on cpu (%s), %s graphs", reason, options.graphs)
+    return OnnxEngine(bundle, graphs=Graphs(options.graphs), threads=options.threads)
+
+
+def _torch(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:
+    try:
+        from .torch import torch_engine
+    except ImportError as error:
+        raise EngineError(f"engine 'torch' needs torch ({error}); pip install 'var-deploy[gpu]'") from error
+    return torch_engine(
+        bundle,
+        device,
+        precision=None if options.precision == "auto" else Precision(options.precision),
+        decode_slice=options.decode_slice,
+        compile_decoder=options.compile_decoder,
+        reason=reason,
+    )

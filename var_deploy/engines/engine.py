@@ -1,15 +1,20 @@
 """What an engine is: three calls on a state it hands out (begin, step, finish), plus decode and encode.
 
-Axes: R rows (B, or 2B under guidance), B images, n_k tokens of scale k, C code width, V codebook entries, h side of the
-feature map.
+An engine may also run the whole loop itself, draws included, where its arrays live: see `DeviceLoop`. Axes: R rows (B,
+or 2B under guidance), B images, n_k tokens of scale k, C code width, V codebook entries, h side of the feature map.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from ..precision import Precision
+from ..sampling import Settings
 
 
 class Graphs(StrEnum):
@@ -32,6 +37,7 @@ class Engine(Protocol):
     """The decode loop's view of a backend. A `state` comes from `begin` of the same engine; arrays are float32."""
 
     name: str
+    precision: Precision
 
     def begin(self, labels_R: np.ndarray) -> State:
         """Computes everything that depends on the classes alone (labels int64 [R])."""
@@ -40,7 +46,8 @@ class Engine(Protocol):
     def step(self, state: Any, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
         """Scale k given the codes of scale k − 1 (None for k = 0): raw logits [R, n_k, V].
 
-        The array belongs to the state and is valid until the next step; copy to keep it.
+        Codes for fewer rows than before drop the rows behind them, here and at all later scales. The array belongs
+        to the state and is valid until the next step; copy to keep it.
         """
         ...
 
@@ -54,4 +61,29 @@ class Engine(Protocol):
 
     def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
         """Feature map [B, C, h, h], not yet quantised."""
+        ...
+
+
+#: Hears of scale k once its codes were added: k, tokens int64 [B, n_k], f_hat [B, C, h, h]; copies, free to keep.
+ScaleListener = Callable[[int, np.ndarray, np.ndarray], None]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoopResult:
+    """What a whole generation on the engine's side brings back; every array is the caller's."""
+
+    tokens: list[np.ndarray]  #: per scale, int64 [B, n_k]
+    bytes_BRR3: np.ndarray  #: uint8 RGB
+    pixels: Callable[[], np.ndarray]  #: float32 [B, 3, R, R] in [0, 1], fetched when first called
+    timings: dict[str, float]  #: seconds per stage
+
+
+@runtime_checkable
+class DeviceLoop(Protocol):
+    """An engine that draws and decodes where its arrays live, so that nothing crosses to the host between scales."""
+
+    def generate(
+        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None
+    ) -> LoopResult:
+        """The whole loop for checked labels int64 [B], seeds and settings. Raises EngineError."""
         ...

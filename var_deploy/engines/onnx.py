@@ -20,6 +20,7 @@ import onnxruntime as ort
 from ..bundle import Bundle
 from ..config import HEAD_DIM
 from ..errors import EngineError
+from ..precision import Precision
 from ..signature import cache_names, scale_graph_name
 from .engine import Graphs
 
@@ -47,6 +48,7 @@ class OnnxEngine:
     """Runs a bundle's graphs with ONNX Runtime; safe to use from several threads, one state each."""
 
     name = "onnx"
+    precision = Precision.FP32
 
     def __init__(self, bundle: Bundle, *, graphs: Graphs, threads: int | None) -> None:
         self._bundle = bundle
@@ -80,6 +82,8 @@ class OnnxEngine:
     def step(self, state: OnnxState, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
         config = self._bundle.manifest.var
         n_k = config.tokens_per_scale[k]
+        if codes_RnC is not None:
+            state.rows = len(codes_RnC)
         rows = max(state.rows, MIN_ROWS) if n_k == 1 else state.rows
         spec = self._bundle.manifest.graphs["scales" if self._symbolic else scale_graph_name(k)]
         if codes_RnC is None:  # the symbolic graph takes codes at every scale and ignores them at the first

@@ -1,0 +1,391 @@
+"""Which engine is taken and why, what a missing piece is told, and every option that an engine would not follow."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import var_deploy
+from var_deploy.bundle import Bundle
+from var_deploy.engines import EngineOptions, choice, engine_for
+from var_deploy.engines import onnx as onnx_module
+from var_deploy.engines.torch import engine as torch_module
+from var_deploy.errors import EngineError
+from var_deploy.precision import Precision
+
+Refused = Callable[..., str]
+Taken = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle, verify_digests=False)
+
+
+@pytest.fixture
+def refused(bundle: Bundle) -> Refused:
+    """`refused(engine, device, **options)`: the text of the error."""
+
+    def refuse(engine: str = "auto", device: str = "auto", **options: Any) -> str:
+        with pytest.raises(EngineError) as caught:
+            engine_for(bundle, engine, device, EngineOptions(**options))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return refuse
+
+
+@pytest.fixture
+def taken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """`taken(engine, device, **options)`: the engine that would start, with its arguments; nothing does."""
+    started: list[dict[str, Any]] = []
+
+    def start(name: str) -> Callable[..., None]:
+        return lambda bundle, *device, **options: started.append({"engine": name, "device": device, **options})
+
+    monkeypatch.setattr(onnx_module, "OnnxEngine", start("onnx"))
+    monkeypatch.setattr(torch_module, "TorchEngine", start("torch"))
+
+    def take(engine: str = "auto", device: str = "auto", **options: Any) -> dict[str, Any]:
+        started.clear()
+        engine_for(bundle, engine, device, EngineOptions(**options))
+        (one,) = started
+        return one
+
+    return take
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU."""
+    monkeypatch.setattr(choice, "_driver_present", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one Hopper GPU."""
+    monkeypatch.setattr(choice, "_driver_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, library: str, *ours: str) -> None:
+    """Makes importing a library fail, and imports the modules of ours that need it anew."""
+    for name in list(sys.modules):
+        if name == library or name.startswith((library + ".", *ours)):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+
+
+# ---- what is unknown -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "options", "message"),
+    [
+        ("cuda", "auto", {}, "unknown engine 'cuda'; known: auto, onnx, torch"),
+        ("", "auto", {}, "unknown engine ''; known: auto, onnx, torch"),
+        ("Torch", "auto", {}, "unknown engine 'Torch'; known: auto, onnx, torch"),
+        ("auto", "gpu", {}, "unknown device 'gpu'; known: auto, cpu, cuda, cuda:N"),
+        ("torch", "cuda:", {}, "unknown device 'cuda:'; known: auto, cpu, cuda, cuda:N"),
+        ("torch", "cuda:-1", {}, "unknown device 'cuda:-1'; known: auto, cpu, cuda, cuda:N"),
+        ("torch", "cuda:0\n", {}, "unknown device 'cuda:0\\n'; known: auto, cpu, cuda, cuda:N"),
+        ("torch", "cpu:0", {}, "unknown device 'cpu:0'; known: auto, cpu, cuda, cuda:N"),
+        (
+            "torch",
+            "auto",
+            {"precision": "fp4"},
+            "unknown precision 'fp4'; known: auto, fp32, fp16, bf16, int8, fp8",
+        ),
+        (
+            "auto",
+            "auto",
+            {"precision": "FP16"},
+            "unknown precision 'FP16'; known: auto, fp32, fp16, bf16, int8, fp8",
+        ),
+        ("onnx", "auto", {"graphs": "both"}, "unknown graphs 'both'; known: symbolic, static"),
+        ("onnx", "auto", {"threads": 0}, "threads: got 0, expected at least 1, or none for one per core"),
+        ("onnx", "auto", {"threads": -2}, "threads: got -2, expected at least 1, or none for one per core"),
+        (
+            "torch",
+            "auto",
+            {"decode_slice": 0},
+            "decode_slice: got 0, expected at least 1, or none for all images at once",
+        ),
+    ],
+)
+def test_an_unknown_choice_lists_the_known_ones(refused, engine, device, options, message):
+    assert refused(engine, device, **options) == message
+
+
+# ---- options of the other engine -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "options", "message"),
+    [
+        ("onnx", "auto", {"decode_slice": 1}, "engine 'onnx' has no option decode_slice; leave it out"),
+        ("auto", "cpu", {"compile_decoder": True}, "engine 'onnx' has no option compile_decoder; leave it out"),
+        (
+            "onnx",
+            "cpu",
+            {"decode_slice": 4, "compile_decoder": True},
+            "engine 'onnx' has no option decode_slice, compile_decoder; leave it out",
+        ),
+        ("torch", "cpu", {"threads": 1}, "engine 'torch' has no option threads; leave it out"),
+        ("torch", "cpu", {"graphs": "static"}, "engine 'torch' has no option graphs; leave it out"),
+        (
+            "torch",
+            "cpu",
+            {"graphs": "static", "threads": 2},
+            "engine 'torch' has no option threads, graphs; leave it out",
+        ),
+        ("auto", "cuda", {"threads": 2}, "engine 'torch' has no option threads; leave it out"),
+        *(
+            (engine, "cpu", {"precision": p}, f"engine 'onnx' runs fp32, got precision '{p}'; use engine 'torch'")
+            for engine in ("onnx", "auto")
+            for p in ("fp16", "bf16", "int8", "fp8")
+        ),
+        *(
+            (
+                "onnx",
+                device,
+                {},
+                f"engine 'onnx' runs on a CPU in this version, got device '{device}'; use engine 'torch'",
+            )
+            for device in ("cuda", "cuda:0")
+        ),
+    ],
+)
+def test_an_option_that_would_not_be_followed_is_refused(refused, engine, device, options, message):
+    assert refused(engine, device, **options) == message
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("onnx", {"precision": "fp32", "graphs": "static", "threads": 2}),
+        ("torch", {"precision": "fp32", "graphs": "symbolic", "decode_slice": 2, "compile_decoder": True}),
+        ("auto", {"precision": "fp32", "threads": 1}),
+    ],
+)
+def test_options_of_the_engine_itself_are_followed(taken, engine, options):
+    started = taken(engine, "cpu", **options)
+    expected = {"onnx": ("graphs", "threads"), "torch": ("precision", "decode_slice", "compile_decoder")}
+    for name in expected[started["engine"]]:
+        assert started[name] == options.get(name, EngineOptions.__dataclass_fields__[name].default)
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:99"])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+@pytest.mark.usefixtures("no_gpu")
+def test_a_gpu_that_is_not_there_is_an_error(refused, engine, device):
+    expected = f"device '{device}': PyTorch {torch.__version__} sees no GPU; use device 'cpu'"
+    assert refused(engine, device) == expected
+
+
+@pytest.mark.parametrize("index", ["1", "99", "127"])
+@pytest.mark.usefixtures("one_gpu")
+def test_gpus_are_counted_from_0(refused, index):
+    assert refused("torch", f"cuda:{index}") == (f"device 'cuda:{index}': this machine has 1 GPUs, counted from 0")
+
+
+@pytest.mark.parametrize("index", ["01", "128", "255", "256", "300", "99999999999", "٣"])
+@pytest.mark.usefixtures("one_gpu")
+def test_a_number_that_is_no_gpus_is_an_error_of_ours(refused, index):
+    """PyTorch refuses some of these with errors of its own, and keeps 8 bits of others: 256 would be GPU 0."""
+    assert f"device 'cuda:{index}'" in refused("torch", f"cuda:{index}")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+@pytest.mark.usefixtures("one_gpu")
+def test_a_gpu_runs_bf16_with_the_kernels(taken, device):
+    pytest.importorskip("triton")
+    started = taken("torch", device)
+    assert started["engine"] == "torch"
+    assert started["device"] == (torch.device("cuda", 0),)
+    assert started["precision"] is Precision.BF16
+    assert started["ops"].name == "triton"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+@pytest.mark.usefixtures("no_gpu")
+def test_a_cpu_runs_fp32_with_the_references(taken, device):
+    started = taken("torch", device)
+    assert started["device"] == (torch.device("cpu"),)
+    assert started["precision"] is Precision.FP32
+    assert started["ops"].name == "reference"
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.usefixtures("no_gpu")
+def test_a_cpu_runs_every_precision(taken, precision):
+    assert taken("torch", "cpu", precision=precision)["precision"] is precision
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
+@pytest.mark.usefixtures("one_gpu")
+def test_float8_needs_a_hopper_gpu(taken, refused, monkeypatch, capability, runs):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if runs:
+        assert taken("torch", "cuda", precision="fp8")["precision"] is Precision.FP8
+    else:
+        expected = "precision 'fp8' needs a Hopper GPU or later (compute capability 9.0); use bf16 or int8"
+        assert refused("torch", "cuda", precision="fp8") == expected
+    assert taken("torch", "cuda", precision="int8")["precision"] is Precision.INT8
+
+
+# ---- what "auto" takes -----------------------------------------------------------------------------------------------
+
+
+def _logged(caplog: pytest.LogCaptureFixture, taken: Taken, *arguments: str, **options: Any) -> tuple[str, str]:
+    """(engine, line in the log) of a choice."""
+    caplog.clear()
+    with caplog.at_level("INFO", logger="var_deploy"):
+        engine = taken(*arguments, **options)["engine"]
+    (record,) = caplog.records
+    return engine, record.getMessage()
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_takes_onnx_where_there_is_no_driver(taken, caplog):
+    assert _logged(caplog, taken) == ("onnx", "engine onnx on cpu (no NVIDIA driver found), symbolic graphs")
+
+
+@pytest.mark.parametrize("absent", [["torch"], ["triton"], ["torch", "triton"]], ids="-".join)
+@pytest.mark.usefixtures("one_gpu")
+def test_auto_says_what_the_gpu_would_need(taken, caplog, monkeypatch, absent):
+    monkeypatch.setattr(choice, "find_spec", lambda name: None if name in absent else object())
+    engine, line = _logged(caplog, taken)
+    assert engine == "onnx"
+    reason = f"a GPU is there, but {' and '.join(absent)} is not installed: pip install 'var-deploy[gpu]'"
+    assert line == f"engine onnx on cpu ({reason}), symbolic graphs"
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_auto_takes_onnx_where_pytorch_has_no_cuda(taken, caplog, monkeypatch):
+    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = "a GPU is there, but the installed PyTorch has no CUDA"
+    assert _logged(caplog, taken) == ("onnx", f"engine onnx on cpu ({reason}), symbolic graphs")
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_auto_takes_torch_where_all_is_there(taken, caplog):
+    pytest.importorskip("triton")
+    expected = "engine torch on cuda:0 (a GPU is there), bf16, triton kernels"
+    assert _logged(caplog, taken) == ("torch", expected)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.usefixtures("one_gpu")
+def test_auto_takes_torch_for_a_gpu(taken, caplog, device):
+    pytest.importorskip("triton")
+    expected = "engine torch on cuda:0 (the engine for GPUs), fp16, triton kernels"
+    assert _logged(caplog, taken, "auto", device, precision="fp16") == ("torch", expected)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_auto_takes_onnx_for_a_cpu_even_beside_a_gpu(taken, caplog):
+    expected = "engine onnx on cpu (the fastest engine on a CPU), static graphs"
+    assert _logged(caplog, taken, "auto", "cpu", graphs="static") == ("onnx", expected)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_was_asked_for_is_logged_as_such(taken, caplog):
+    onnx = "engine onnx on cpu (asked for), symbolic graphs"
+    torch_ = "engine torch on cpu (asked for), int8, reference kernels"
+    assert _logged(caplog, taken, "onnx") == ("onnx", onnx)
+    assert _logged(caplog, taken, "torch", precision="int8") == ("torch", torch_)
+
+
+@pytest.mark.parametrize(("platform", "library"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
+@pytest.mark.parametrize("there", [True, False])
+def test_the_driver_is_there_if_its_library_loads(monkeypatch, platform, library, there):
+    asked = []
+
+    def load(name: str) -> object:
+        asked.append(name)
+        if not there:
+            raise OSError(f"{name}: cannot open shared object file")
+        return object()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(sys, "platform", platform)
+    found = choice._driver_present()
+    monkeypatch.undo()
+    assert (found, asked) == (there, [library])
+
+
+# ---- missing libraries -----------------------------------------------------------------------------------------------
+
+
+def test_missing_onnxruntime_names_the_extra_to_install(refused, monkeypatch):
+    _without(monkeypatch, "onnxruntime", "var_deploy.engines.onnx")
+    for engine, device in (("onnx", "auto"), ("auto", "cpu")):
+        message = refused(engine, device)
+        assert message.startswith("engine 'onnx' needs onnxruntime (")
+        assert message.endswith("); pip install 'var-deploy[cpu]'")
+
+
+def test_missing_torch_names_the_extra_to_install():
+    """In a process of its own: PyTorch cannot be imported twice."""
+    program = """
+import sys
+sys.modules["torch"] = None
+from var_deploy.engines import EngineOptions, engine_for
+from var_deploy.errors import EngineError
+for engine, device in (("torch", "cpu"), ("auto", "cuda")):
+    try:
+        engine_for(None, engine, device, EngineOptions())
+    except EngineError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("engine 'torch' needs torch (")
+        assert line.endswith("); pip install 'var-deploy[gpu]'")
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_missing_triton_names_the_extra_to_install(refused, taken, monkeypatch):
+    _without(monkeypatch, "triton", *(f"var_kernels.{name}" for name in torch_module.reference_ops().__slots__))
+    message = refused("torch", "cuda")
+    assert message.startswith("engine 'torch' on a GPU needs triton (")
+    assert message.endswith("); pip install 'var-deploy[gpu]'")
+    assert taken("torch", "cpu")["ops"].name == "reference"  # which needs none
+
+
+# ---- through the front door ------------------------------------------------------------------------------------------
+
+
+def test_load_passes_every_option_on(tiny_bundle, taken, monkeypatch):
+    """`taken` counts what starts; here through `load`."""
+    seen: list[EngineOptions] = []
+    original = choice.engine_for
+
+    def record(bundle: Bundle, engine: str, device: str, options: EngineOptions) -> Any:
+        seen.append(options)
+        return original(bundle, engine, device, options)
+
+    monkeypatch.setattr(var_deploy.pipeline, "engine_for", record)
+    onnx = {"precision": "fp32", "graphs": "static", "threads": 3}
+    var_deploy.load(tiny_bundle, engine="onnx", device="cpu", **onnx)
+    torch_ = {"precision": "fp16", "decode_slice": 3, "compile_decoder": True}
+    var_deploy.load(tiny_bundle, engine="torch", device="cpu", **torch_)
+    assert seen == [EngineOptions(**onnx), EngineOptions(**torch_)]

@@ -1,0 +1,92 @@
+"""The reference model as a benchmark runs it: plain PyTorch with random weights of the same shapes, eager or compiled.
+
+It computes as the published code does: on the same device, under autocast to the same activation precision, float32
+products as TF32 where the precision is a half one, and its pictures come to the host in 8 bits like ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ..bundle import Manifest
+from ..errors import EngineError
+from ..precision import Precision
+
+#: Of torch.compile; tests trace without generating code.
+BACKEND = "inductor"
+
+
+class Reference:
+    """Runs `var_train.generate` for a batch size. Raises EngineError where PyTorch is not installed."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str,
+        precision: Precision,
+        *,
+        guidance: float | None = None,
+        threads: int | None = None,
+    ) -> None:
+        try:
+            import torch
+
+            from var_train import VAR, VQVAE
+            from var_train.presets import randomise
+        except ImportError as error:
+            raise EngineError(f"the reference needs {error.name}; pip install 'var-deploy[train]'") from error
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._manifest, self._device = manifest, torch.device(device)
+        self._guidance = manifest.sampling.guidance if guidance is None else guidance
+        self._half = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}.get(precision.activation)
+        with self._device:  # made where they live: on a CPU, two billion weights take minutes
+            self._var, self._vqvae = VAR(manifest.var).eval(), VQVAE(manifest.vqvae).eval()
+        randomise(self._var)
+        randomise(self._vqvae)
+        tf32 = ", other float32 products as TF32" if self._half and self._device.type == "cuda" else ""
+        self.how = f"autocast to {precision.activation}{tf32}" if self._half else "float32"
+
+    def run(self, batch: int) -> Any:
+        """Class ids → 8-bit pictures on the host: uint8 [B, R, R, 3]."""
+        import torch
+
+        from var_train import generate
+
+        sampling = self._manifest.sampling
+        with self._as_published():
+            labels_B = torch.arange(batch, device=self._device) % self._manifest.var.num_classes
+            done = generate(
+                self._var, self._vqvae, labels_B, guidance=self._guidance, top_k=sampling.top_k, top_p=sampling.top_p
+            )
+            pictures = done.image_B3RR.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            on_host = pictures.cpu().numpy()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            return on_host
+
+    def compile(self) -> None:
+        """Compiles every block for any shape, and the decoder for each batch size; happens when they first run."""
+        for block in self._var.blocks:
+            # In place, as the model asks for the blocks' own class. They share their code: one compilation serves all.
+            block.compile(backend=BACKEND, dynamic=True)
+        self._vqvae.decoder.compile(backend=BACKEND, dynamic=False)
+
+    @contextmanager
+    def _as_published(self) -> Iterator[None]:
+        import torch
+
+        with ExitStack() as stack:
+            if self._half is not None:
+                # Keeps the cast weights for the whole generation, as autocast does by default.
+                stack.enter_context(torch.autocast(self._device.type, dtype=self._half))
+            if self._device.type == "cuda":
+                allowed = self._half is not None
+                stack.enter_context(torch.cuda.device(self._device))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allowed))
+                before = torch.get_float32_matmul_precision()
+                stack.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("high" if allowed else "highest")
+            yield

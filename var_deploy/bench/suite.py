@@ -1,0 +1,278 @@
+"""The measurements of a GPU release: published sizes with random weights, the most telling rows first.
+
+    python -m var_deploy.bench.suite [--out docs/results] [--budget 450]
+
+Writes gpu-<name>.json after every row, so that a run cut short still counts, and in the end, however it comes, a page
+of tables and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import VarDeployError
+from ..pipeline import Pipeline
+from .device import Rates, free, measured_ceilings
+from .gpu import gpu_record
+from .rows import TIMED, ceilings_record, machine, one_line
+from .run import bench
+from .table import outcomes, page
+
+#: Repeats of a row: so many pairs of ours and the reference, fewer where they take longer than this.
+REPEATS, ROW_SECONDS = 50, 10.0
+WARMUP = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One row of the suite; the references and the split by stage cost time, so only where they tell something."""
+
+    model: str
+    precision: str = "bf16"
+    batch: int
+    reference: bool = False
+    compiled: bool = False
+    stages: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.precision} batch {self.batch}"
+
+
+SUITE = (
+    Entry(model="d16", batch=1, reference=True, compiled=True, stages=True),
+    Entry(model="d16", batch=64, reference=True, stages=True),
+    Entry(model="d30", batch=1, reference=True, stages=True),
+    Entry(model="d16", batch=8),
+    Entry(model="d30", batch=8),
+    Entry(model="d16", precision="fp16", batch=1),
+    Entry(model="d16", precision="int8", batch=1),
+    Entry(model="d16", precision="fp8", batch=1),
+    Entry(model="d30", precision="fp8", batch=1),
+    Entry(model="d30", precision="fp8", batch=64),
+    Entry(model="d30", batch=64),
+    Entry(model="d30", precision="int8", batch=1),
+    Entry(model="d16", precision="fp8", batch=64),
+    Entry(model="d36-s", batch=1, stages=True),
+    Entry(model="d20", batch=1),
+    Entry(model="d24", batch=1),
+)
+
+#: Hears a row as it stands: once it is timed, and again when the compiled reference was added.
+OnRow = Callable[[dict[str, Any]], None]
+Measure = Callable[[Entry, OnRow], None]
+
+
+class Measurement:
+    """Makes the model of an entry, kept while the next entry has the same, and times it."""
+
+    def __init__(self, device: str, ceilings: Rates | None, progress: Callable[[str], None] = lambda _: None) -> None:
+        self._device, self._ceilings, self._progress = device, ceilings, progress
+        self._held: tuple[tuple[str, str], Pipeline] | None = None
+
+    def __call__(self, entry: Entry, on_row: OnRow) -> None:
+        try:
+            bench(
+                self._pipeline(entry),
+                batches=[entry.batch],
+                repeats=REPEATS,
+                warmup=WARMUP,
+                reference=entry.reference,
+                compiled=entry.compiled,
+                stages=entry.stages,
+                ceilings=self._ceilings,
+                limit_seconds=ROW_SECONDS,
+                on_rows=lambda rows: on_row(asdict(rows[0])),
+            )
+        except BaseException:
+            self._held = None  # what failed may have left it in any state
+            raise
+        finally:
+            if entry.compiled:
+                import torch
+
+                torch.compiler.reset()  # holds on to the model
+            gc.collect()
+
+    def _pipeline(self, entry: Entry) -> Pipeline:
+        from var_export.random_bundle import random_pipeline
+
+        key = entry.model, entry.precision
+        if self._held is not None and self._held[0] != key:
+            free(self._held[1].engine)
+            self._held = None
+        if self._held is None:
+            self._progress(f"{entry.name}: making {entry.model}")
+            self._free_cache()
+            self._held = key, random_pipeline(entry.model, device=self._device, precision=entry.precision)
+        return self._held[1]
+
+    def _free_cache(self) -> None:
+        gc.collect()
+        if self._device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+class SuiteRun:
+    """A record that grows row by row; what the budget leaves out is listed."""
+
+    def __init__(
+        self,
+        record: dict[str, Any],
+        out: Path,
+        *,
+        budget: float,
+        clock: Callable[[], float] = time.monotonic,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`record` is written to `out` after every row; `budget` in seconds, counted from now."""
+        self.record, self.out = record, out
+        self._budget, self._clock, self._progress = budget, clock, progress
+        self._begin = clock()
+        self._plain: list[float] = []  # seconds of the rows so far, compiling not counted
+        self._compiling = 0.0  # seconds that compiling took last
+        record |= {"budget_seconds": budget, "rows": [], "left_out": []}
+
+    def run(self, suite: Sequence[Entry], measure: Measure) -> None:
+        """A row that fails holds its error, and the suite goes on, unless the device itself failed."""
+        stopped = None
+        for entry in suite:
+            left = self._budget - (self._clock() - self._begin)
+            needed = self._estimate(entry)
+            if stopped or left <= 0 or needed > left:
+                why = stopped or f"takes about {needed:.0f} s, {max(left, 0):.0f} s of the budget are left"
+                self.record["left_out"].append(f"{entry.name}: {why}")
+            else:
+                self._progress(f"{entry.name}, {left:.0f} s left")
+                stopped = self._row(entry, measure)
+            self.write()
+
+    def _estimate(self, entry: Entry) -> float:
+        """Seconds, from the rows so far: repeats are limited by time, so that rows take much the same."""
+        plain = statistics.median(self._plain) if self._plain else 0.0
+        return plain + (self._compiling if entry.compiled else 0.0)
+
+    def _row(self, entry: Entry, measure: Measure) -> str | None:
+        """Measures one row; the reason to stop, if there is one."""
+        rows, begin = self.record["rows"], self._clock()
+        at, timed = len(rows), None
+
+        def on_row(row: dict[str, Any]) -> None:
+            nonlocal timed
+            timed = timed or self._clock()
+            rows[at:] = [{"model": entry.model, **row}]
+            self.write()
+
+        stopped = None
+        try:
+            measure(entry, on_row)
+        except Exception as error:  # whatever went wrong, other rows can tell something
+            if len(rows) == at:
+                rows.append({"model": entry.model, "precision": entry.precision, "batch": entry.batch})
+            rows[at]["error"] = one_line(error)
+            if type(error).__name__ == "AcceleratorError":
+                stopped = "the device failed before"
+        end = self._clock()
+        if timed is not None:
+            self._plain.append(timed - begin)
+            self._compiling = end - timed if entry.compiled else self._compiling
+        return stopped
+
+    def write(self) -> None:
+        """Replaces the file by one step, so that it is whole whenever the run is cut short."""
+        self.record["targets"] = outcomes(self.record["rows"])
+        self.record["spent_seconds"] = self._clock() - self._begin
+        _replace(self.out, json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_page(record: dict[str, Any] | None, out: Path) -> str:
+    """Writes the page of a record, or of a suite of which nothing was measured; returns its text."""
+    text = page(record, [(entry.model, entry.precision, entry.batch) for entry in SUITE])
+    _replace(out, text)
+    return text
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def slug(name: str) -> str:
+    """A GPU's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the three files go.")] = Path("docs/results"),
+    budget: Annotated[float, typer.Option(min=0, help="Seconds; a row that would not fit is left out.")] = 450,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    table: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure nothing, write the page alone.")] = None,
+    record: Annotated[Path | None, typer.Option(metavar="JSON", help="Of --table: what was measured, if any.")] = None,
+) -> None:
+    """Measure published sizes on this machine's GPU."""
+    if table is not None:
+        write_page(json.loads(record.read_text(encoding="utf-8")) if record else None, table)
+        return
+    name = _gpu_name(device)
+    if name is None:
+        print("no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU", file=sys.stderr)
+        raise typer.Exit(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the page is written
+
+    def said(what: str) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    stem = out / f"gpu-{slug(name)}"
+    gpu = gpu_record(int(device.partition(":")[2] or 0))
+    facts: dict[str, Any] = {"timed": TIMED, "gpu": asdict(gpu) if gpu else {"name": name}, "machine": machine()}
+    run = SuiteRun(facts, stem.with_suffix(".json"), budget=budget, progress=said)
+    try:
+        said("measuring the ceilings")
+        ceilings = measured_ceilings(device)
+        facts["ceilings"] = ceilings_record(ceilings)
+        run.run(SUITE, Measurement(device, ceilings, said))
+    finally:
+        print(write_page(run.record, stem.with_suffix(".md")))
+        _plot(run.record, stem.with_suffix(".png"), name)
+
+
+def _gpu_name(device: str) -> str | None:
+    """Name of the GPU that PyTorch sees there; None without one."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not re.fullmatch(r"cuda(:\d+)?", device) or not torch.cuda.is_available():
+        return None
+    index = int(device.partition(":")[2] or 0)
+    return torch.cuda.get_device_name(index) if index < torch.cuda.device_count() else None
+
+
+def _plot(record: dict[str, Any], path: Path, name: str) -> None:
+    from .plot import plot_bench
+
+    try:
+        plot_bench(record["rows"], path, f"Whole images on {name}")
+    except VarDeployError as error:  # the numbers are written: without matplotlib they go without a picture
+        print(f"no plot: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)

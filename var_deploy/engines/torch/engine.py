@@ -1,0 +1,252 @@
+"""The PyTorch engine: requests on static buffers, replayed as CUDA graphs on a GPU, run as they are on a CPU.
+
+The stages of `program.py` are captured once per batch size as one CUDA graph; a request then writes its classes, seeds
+and settings into the input buffer and replays it. With a listener, every stage replays as a graph of its own. Axes: B
+images, R rows (B, or 2B under guidance), n tokens of a scale, C code width, V codebook entries, h side of the feature
+map, l = h² cells.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import RLock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_kernels import Ops, reference_ops, triton_ops
+
+from ...bundle import Bundle
+from ...errors import EngineError
+from ...precision import Precision
+from ...sampling import Settings, invalid_logits
+from ..engine import LoopResult, ScaleListener
+from .buffers import Buffers
+from .convolutions import Convolutions, library_convolutions
+from .graphs import Clock
+from .program import Program
+from .slots import Slots
+from .weights import WeightReader
+
+log = logging.getLogger("var_deploy")
+
+
+def torch_engine(
+    bundle: Bundle,
+    device: str,
+    *,
+    precision: Precision | None,
+    decode_slice: int | None = None,
+    compile_decoder: bool = False,
+    reason: str = "asked for",
+) -> TorchEngine:
+    """The engine on a device ("auto", "cpu", "cuda", "cuda:N"); None takes the precision for it. Raises EngineError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    place = torch.device("cpu")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise EngineError(f"device {device!r}: PyTorch {torch.__version__} sees no GPU; use device 'cpu'")
+        index = int(number or 0)  # compared before PyTorch sees it, which keeps 8 bits of it
+        if index >= torch.cuda.device_count():
+            raise EngineError(f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+        place = torch.device("cuda", index)
+    if precision is None:
+        precision = Precision.BF16 if place.type == "cuda" else Precision.FP32
+    if precision is Precision.FP8 and place.type == "cuda" and torch.cuda.get_device_capability(place) < (9, 0):
+        raise EngineError("precision 'fp8' needs a Hopper GPU or later (compute capability 9.0); use bf16 or int8")
+    try:
+        ops = triton_ops() if place.type == "cuda" else reference_ops()
+    except ImportError as error:
+        raise EngineError(f"engine 'torch' on a GPU needs triton ({error}); pip install 'var-deploy[gpu]'") from error
+    log.info("engine torch on %s (%s), %s, %s kernels", place, reason, precision, ops.name)
+    return TorchEngine(
+        bundle, place, precision=precision, ops=ops, decode_slice=decode_slice, compile_decoder=compile_decoder
+    )
+
+
+class TorchState:
+    """One step-by-step generation: buffers of its own, every row an image of its own."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers = buffers
+        self.rows = buffers.rows
+        self.scales_added = 0
+
+    @property
+    def f_hat_RChh(self) -> np.ndarray:
+        """A copy on the host."""
+        return _map_on_host(self.buffers.f_hat_BlC(self.scales_added)[: self.rows])
+
+
+class TorchEngine:
+    """Runs a bundle's weights with PyTorch. Requests of several threads take turns; results are copies."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        *,
+        precision: Precision,
+        ops: Ops,
+        decode_slice: int | None = None,
+        compile_decoder: bool = False,
+    ) -> None:
+        self.device, self.precision = device, precision
+        self._bundle, self._ops, self._decode_slice = bundle, ops, decode_slice
+        self._lock = RLock()
+        self._generating = False
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._encoder: Convolutions | None = None  # made at the first encode: few callers need it
+        with self._running():
+            self._program = Program(
+                bundle, device, precision=precision, ops=ops, decode_slice=decode_slice, compile_decoder=compile_decoder
+            )
+            self._slots = Slots(self._program, device, self._stream)
+        self._var = self._program.var
+
+    # ---- whole generations -------------------------------------------------------------------------------------------
+
+    def generate(
+        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None
+    ) -> LoopResult:
+        """See `DeviceLoop`. The first request of a batch size captures its graphs, which takes seconds."""
+        B = len(labels_B)
+        with self._running(), self._once():
+            slot, stages = self._slots.ready(B, settings, staged=on_scale is not None)
+            b, decode, clock = slot.buffers, slot.decode, Clock(self._stream)
+            b.fill(labels_B, seeds, settings)
+            b.inputs.upload()
+            clock.mark("upload")
+            for stage in stages:
+                stage.launch()
+                clock.mark(stage.name)
+                if on_scale is not None and stage.completed is not None:
+                    k = stage.completed
+                    tokens_Bn = b.tokens_BL[:B, slice(*self._var.span(k))].to("cpu", copy=True).numpy()
+                    on_scale(k, tokens_Bn, _map_on_host(b.f_hat_BlC(k + 1)[:B]))
+            b.outputs.download()
+            decode.pictures.download()
+            pixels_B3RR = decode.pixels_B3RR[:B].clone()
+            clock.mark("download")
+            self._synchronize()
+            self._refuse_invalid(b.outputs.host["invalid_KB"][:, :B])
+            tokens_BL = b.outputs.host["tokens_BL"][:B]
+            return LoopResult(
+                tokens=[tokens_BL[:, slice(*self._var.span(k))].copy() for k in range(self._var.num_scales)],
+                bytes_BRR3=decode.pictures.host["bytes_BRR3"][:B].copy(),
+                pixels=lambda: pixels_B3RR.cpu().numpy(),
+                timings=clock.seconds(),
+            )
+
+    def device_seconds(
+        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, *, staged: bool = False, decode: bool = True
+    ) -> dict[str, float]:
+        """Seconds on the device of one generation whose input lies there already, for benchmarks.
+
+        As one graph ("replay"), or `staged`: every stage as a graph of its own; without the decoder on request. On a
+        CPU always by stage.
+        """
+        with self._running(), self._once():
+            slot, stages = self._slots.ready(len(labels_B), settings, staged=staged, decode=decode)
+            slot.buffers.fill(labels_B, seeds, settings)
+            slot.buffers.inputs.upload()
+            clock = Clock(self._stream)
+            for stage in stages:
+                stage.launch()
+                clock.mark(stage.name)
+            self._synchronize()
+            return clock.seconds()
+
+    def _refuse_invalid(self, invalid_KB: np.ndarray) -> None:
+        if invalid_KB.any():
+            k, image = np.argwhere(invalid_KB)[0]
+            raise invalid_logits(int(k), int(image))
+
+    # ---- step by step ------------------------------------------------------------------------------------------------
+
+    def begin(self, labels_R: np.ndarray) -> TorchState:
+        with self._running():
+            b = self._slots.buffers(len(labels_R), guided=False, smooth=False)
+            b.inputs.host["labels_R"][:] = labels_R
+            b.inputs.upload()
+            self._program.condition(b)
+            return TorchState(b)
+
+    def step(self, state: TorchState, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
+        with self._running():
+            b = state.buffers
+            if codes_RnC is not None:
+                state.rows, state.scales_added = len(codes_RnC), k
+                b.codes(k - 1)[: state.rows] = torch.from_numpy(codes_RnC).to(self.device)
+                self._program.transformer.embed(b, k, b.batch)
+            self._program.transformer.scale(b, k, state.rows)
+            return b.logits(k, state.rows).to("cpu", copy=True).numpy()
+
+    def finish(self, state: TorchState, codes_BnC: np.ndarray) -> np.ndarray:
+        with self._running():
+            b, K, B = state.buffers, self._var.num_scales, len(codes_BnC)
+            b.codes(K - 1)[:B] = torch.from_numpy(codes_BnC).to(self.device)
+            self._program.transformer.embed(b, K, b.batch)
+            return _map_on_host(b.f_hat_BlC(K)[:B])
+
+    def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
+        with self._running():
+            B = len(f_hat_BChh)
+            decode, replay = self._slots.ready_to_decode(B)
+            decode.f_hat_BlC[:B] = torch.from_numpy(f_hat_BChh).to(self.device).flatten(2).transpose(1, 2)
+            replay()
+            return decode.pixels_B3RR[:B].to("cpu", copy=True).numpy()
+
+    def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
+        with self._running():
+            if self._encoder is None:
+                read = WeightReader(self._bundle, self.device, self.precision, self._ops)
+                self._encoder = Convolutions(self._bundle.manifest.vqvae, read, encoder=True)
+            slices = torch.from_numpy(pixels_B3RR).split(self._decode_slice or len(pixels_B3RR))
+            with library_convolutions():
+                return np.concatenate([self._encoder.encode(part.to(self.device)).cpu().numpy() for part in slices])
+
+    # ---- holding the engine ------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Gives back the buffers and graphs of all batch sizes; the next request makes its own again."""
+        with self._running():
+            self._slots.release()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Holds the engine: one request at a time, on its stream, without autograd."""
+        with self._lock, ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.device(self.device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            yield
+
+    @contextmanager
+    def _once(self) -> Iterator[None]:
+        """Refuses a generation inside a generation's listener: both would work on the same buffers."""
+        if self._generating:
+            raise EngineError("generate: called from the on_scale of another generation; wait until that has returned")
+        self._generating = True
+        try:
+            yield
+        finally:
+            self._generating = False
+
+    def _synchronize(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def _map_on_host(f_hat_BlC: Tensor) -> np.ndarray:
+    """f_hat as the other engines give it: a copy, [B, C, h, h]."""
+    side = round(f_hat_BlC.shape[1] ** 0.5)
+    return f_hat_BlC.transpose(1, 2).unflatten(2, (side, side)).to("cpu", copy=True).contiguous().numpy()

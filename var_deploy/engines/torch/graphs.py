@@ -1,0 +1,77 @@
+"""Capturing launches as CUDA graphs, and the time that stages take on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import torch
+
+#: Launches: a stage as it is, or the replay of its graph.
+Launch = Callable[[], object]
+
+#: One capture at a time in the process: PyTorch synchronises the device when one begins.
+_CAPTURING = Lock()
+
+
+def captured(launches: list[Launch], stream: torch.cuda.Stream, pool: Any) -> list[Launch]:
+    """Runs every launch once, then captures each as a graph of its own; returns their replays.
+
+    The run before compiles kernels and lets libraries choose their algorithms and allocate what they keep, none of
+    which a capture may do. Graphs of one pool share memory for what lives within a graph, so two of them must never
+    run at once. Other threads may use the GPU meanwhile, other captures wait.
+    """
+    with _CAPTURING:
+        for launch in launches:
+            launch()
+        stream.synchronize()
+        return [_capture(launch, stream, pool).replay for launch in launches]
+
+
+def _capture(launch: Launch, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            launch()
+    except RuntimeError as error:
+        cause: BaseException | None = error  # ending a failed capture raises an error of its own over the first
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__context__
+        raise (cause or error) from None
+    return graph
+
+
+class Clock:
+    """Seconds between marks: on a GPU by events in stream order, so that marking waits for nothing."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._names: list[str] = []
+        self._marks: list[torch.cuda.Event | float] = [self._now()]
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def mark(self, name: str) -> None:
+        """Ends the stage `name`, which began at the mark before."""
+        self._names.append(name)
+        self._marks.append(self._now())
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, those of one name added up; the stream must have been synchronised."""
+        total: dict[str, float] = {}
+        for name, begin, end in zip(self._names, self._marks, self._marks[1:], strict=False):
+            if isinstance(begin, torch.cuda.Event):
+                assert isinstance(end, torch.cuda.Event)
+                elapsed = begin.elapsed_time(end) / 1000
+            else:
+                assert isinstance(end, float)
+                elapsed = end - begin
+            total[name] = total.get(name, 0.0) + elapsed
+        return total

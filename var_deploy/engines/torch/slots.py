@@ -1,0 +1,145 @@
+"""One slot per batch size: its static buffers and the CUDA graphs captured on them, made when first needed.
+
+A batch runs in the next larger bucket, so that few graphs serve all; the spare images are drawn and thrown away. On a
+CPU, where nothing is captured, a batch runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from ...errors import EngineError
+from ...sampling import Settings
+from ...static_buffers import generation_bytes
+from .buffers import Buffers, DecodeBuffers
+from .graphs import Launch, captured
+from .program import Program, Stage
+
+log = logging.getLogger("var_deploy")
+
+#: Beyond the last, a batch runs in a multiple of it.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(slots=True)
+class Slot:
+    """What serves one batch size: buffers, and graphs by (guided scales, whether one per stage, with the decoder)."""
+
+    buffers: Buffers
+    decode: DecodeBuffers
+    graphs: dict[tuple[int, bool, bool], list[Stage]] = field(default_factory=dict)
+
+
+class Slots:
+    """All slots of an engine."""
+
+    def __init__(self, program: Program, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._program, self._device, self._stream = program, device, stream
+        self._slots: dict[tuple[int, bool, bool], Slot] = {}  # by bucket, whether guided, whether smooth
+        self._decode: dict[int, DecodeBuffers] = {}
+        self._decode_replays: dict[int, Launch] = {}
+        self._pool = None if stream is None else torch.cuda.graph_pool_handle()
+
+    def ready(self, B: int, settings: Settings, *, staged: bool, decode: bool = True) -> tuple[Slot, list[Stage]]:
+        """The slot of a batch and its stages: on a GPU as one graph, or with `staged` a graph for each.
+
+        Raises EngineError, saying what fits, when the GPU's memory does not suffice; the engine stays usable.
+        """
+        for _ in range(2):  # the second time without other batch sizes, which may have been in the way
+            try:
+                return self._ready(B, settings, staged, decode)
+            except torch.OutOfMemoryError:
+                pass  # its trace holds on to tensors until here
+            self.release()
+        raise EngineError(self._too_large(B, settings))
+
+    def _ready(self, B: int, settings: Settings, staged: bool, decode: bool) -> tuple[Slot, list[Stage]]:
+        bucket, guided_scales = self._bucket(B), settings.guided_scales
+        key = (bucket, guided_scales > 0, settings.smooth)
+        if key not in self._slots:
+            if self._stream is None:
+                self._slots.clear()  # on a CPU nothing but memory is won by keeping other sizes
+            buffers = self.buffers(bucket, guided=guided_scales > 0, smooth=settings.smooth)
+            self._slots[key] = Slot(buffers, self._decode_buffers(bucket))
+        slot = self._slots[key]
+        stages = self._program.stages(slot.buffers, slot.decode, guided_scales)
+        if not decode:
+            stages = [stage for stage in stages if stage.name != "decode"]
+        if self._stream is None:
+            return slot, stages
+        graph_key = guided_scales, staged, decode
+        if graph_key not in slot.graphs:
+            log.info("capturing %s for batch %d", "a graph per stage" if staged else "one graph", bucket)
+            if not staged:
+                stages = [Stage("replay", partial(_launch_all, stages))]
+            replays = captured([stage.launch for stage in stages], self._stream, self._pool)
+            slot.graphs[graph_key] = [
+                Stage(stage.name, replay, stage.completed) for stage, replay in zip(stages, replays, strict=True)
+            ]
+        return slot, slot.graphs[graph_key]
+
+    def ready_to_decode(self, B: int) -> tuple[DecodeBuffers, Launch]:
+        """Decoder buffers for a batch, and what decodes that which lies in their `f_hat_BlC`."""
+        bucket = self._bucket(B)
+        decode = self._decode_buffers(bucket)
+        launch: Launch = partial(self._program.decode, decode.f_hat_BlC, decode)
+        if self._stream is None:
+            return decode, launch
+        if bucket not in self._decode_replays:
+            (self._decode_replays[bucket],) = captured([launch], self._stream, self._pool)
+        return decode, self._decode_replays[bucket]
+
+    def buffers(self, batch: int, *, guided: bool, smooth: bool) -> Buffers:
+        """New buffers for exactly this batch."""
+        precision = self._program.precision
+        return Buffers(
+            self._program.var, batch=batch, guided=guided, precision=precision, device=self._device, smooth=smooth
+        )
+
+    def release(self) -> None:
+        """Gives back all buffers and graphs."""
+        self._slots.clear()
+        self._decode.clear()
+        self._decode_replays.clear()
+        if self._stream is not None:
+            self._stream.synchronize()
+            self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
+
+    def _decode_buffers(self, bucket: int) -> DecodeBuffers:
+        if bucket not in self._decode:
+            if self._stream is None:
+                self._decode.clear()
+            self._decode[bucket] = DecodeBuffers(self._program.vqvae, bucket, self._device)
+        return self._decode[bucket]
+
+    def _bucket(self, B: int) -> int:
+        if self._stream is None:
+            return B
+        return next((size for size in BUCKETS if size >= B), -(-B // BUCKETS[-1]) * BUCKETS[-1])
+
+    def _too_large(self, B: int, settings: Settings) -> str:
+        program = self._program
+
+        def needed(batch: int) -> int:
+            images = min(program.decode_slice or batch, batch)
+            guided, smooth = settings.guided_scales > 0, settings.smooth
+            return generation_bytes(program.var, program.vqvae, batch, guided, program.precision, smooth, images)
+
+        free = torch.cuda.mem_get_info(self._device)[0]
+        bucket = self._bucket(B)
+        fits = [size for size in BUCKETS if size < bucket and needed(size) <= free]
+        step = f"batch {fits[-1]} should fit" if fits else "not even batch 1 fits: free memory on the GPU"
+        return (
+            f"batch {B}: needs about {needed(bucket) / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are free on "
+            f"{self._device}; {step}; decode_slice=1 takes less for the decoder"
+        )
+
+
+def _launch_all(stages: list[Stage]) -> None:
+    for stage in stages:
+        stage.launch()

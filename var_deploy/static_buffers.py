@@ -1,0 +1,112 @@
+"""What the torch engine allocates once per batch size and keeps: every buffer's shape and type, as data.
+
+The engine allocates from these lists and `inspect` adds them up, so the plan is what is allocated. Axes: B images,
+R rows (2B under guidance), M = R·n tokens of the widest scale, D width, F hidden width, H heads, L all positions,
+K scales, V codebook entries, C code width, l = h² cells, side: of the image in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from .config import HEAD_DIM, VARConfig, VQVAEConfig
+from .precision import Precision
+from .signature import TensorSpec
+
+_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "uint8": 1,
+    "int32": 4,
+    "int64": 8,
+}
+_ACTIVATION = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
+
+
+def activation_dtype(precision: Precision) -> str:
+    """Type of activations and caches."""
+    return _ACTIVATION[precision.activation]
+
+
+def input_specs(var: VARConfig, batch: int, rows: int) -> list[TensorSpec]:
+    """What a request changes between two replays; packed, so that one copy uploads it."""
+    return [
+        TensorSpec("labels_R", "int64", (rows,)),
+        TensorSpec("seeds_B", "int64", (batch,)),
+        TensorSpec("strength_KB", "float32", (var.num_scales, batch)),
+        TensorSpec("temperature_B", "float32", (batch,)),
+        TensorSpec("top_k_B", "int32", (batch,)),
+        TensorSpec("top_p_B", "float32", (batch,)),
+    ]
+
+
+def output_specs(var: VARConfig, batch: int) -> list[TensorSpec]:
+    """What comes back besides the picture; packed likewise."""
+    return [
+        TensorSpec("tokens_BL", "int64", (batch, var.num_tokens)),
+        TensorSpec("invalid_KB", "int32", (var.num_scales, batch)),
+    ]
+
+
+def work_specs(var: VARConfig, batch: int, rows: int, precision: Precision, smooth: bool) -> list[TensorSpec]:
+    """Caches and intermediate results, on the device only."""
+    D, F, H, L = var.embed_dim, var.ffn_dim, var.num_heads, var.num_tokens
+    n, C, cells, act = var.tokens_per_scale[-1], var.z_channels, var.latent_size**2, activation_dtype(precision)
+    M = rows * n
+    specs = [
+        TensorSpec("modulation_RN", "float32", (rows, 6 * var.depth * D + 2 * D)),
+        TensorSpec("caches_i2RHLd", act, (var.depth, 2, rows, H, L, HEAD_DIM)),
+        TensorSpec("uniforms_BL", "float64", (batch, L)),
+        TensorSpec("x_MD", "float32", (M, D)),
+        TensorSpec("normed_MD", act, (M, D)),
+        TensorSpec("qkv_MN", act, (M, 3 * D)),
+        TensorSpec("attended_MD", act, (M, D)),
+        TensorSpec("hidden_MF", act, (M, F)),
+        TensorSpec("branch_MD", act, (M, D)),
+        TensorSpec("logits_MV", "float32", (M, var.vocab_size)),
+        TensorSpec("codes_BnC", "float32", (batch, n, C)),
+        TensorSpec("f_hat_2BlC", "float32", (2, batch, cells, C)),
+    ]
+    if precision is Precision.FP8:
+        specs.append(TensorSpec("quantized_MK", "float8_e4m3fn", (M, max(D, F))))
+        specs.append(TensorSpec("row_scale_M1", "float32", (M, 1)))
+    if smooth:
+        specs.append(TensorSpec("smooth_BnV", "float32", (batch, n, var.vocab_size)))
+    return specs
+
+
+def decode_specs(vqvae: VQVAEConfig, batch: int) -> list[TensorSpec]:
+    """The decoder's input and results."""
+    side = vqvae.image_size
+    return [
+        TensorSpec("f_hat_BlC", "float32", (batch, vqvae.latent_size**2, vqvae.z_channels)),
+        TensorSpec("pixels_B3RR", "float32", (batch, 3, side, side)),
+        TensorSpec("bytes_BRR3", "uint8", (batch, side, side, 3)),
+    ]
+
+
+def decoder_activation_bytes(vqvae: VQVAEConfig, images: int, precision: Precision) -> int:
+    """What the decoder holds at its widest level: shortcut, normed map, a convolution's result and its scratch."""
+    sides = [vqvae.image_size // 2**level for level in range(len(vqvae.ch_mult))]
+    widest = max(vqvae.ch * mult * side**2 for mult, side in zip(vqvae.ch_mult, sides, strict=True))
+    return 4 * precision.activation_bytes * images * widest
+
+
+def generation_bytes(
+    var: VARConfig, vqvae: VQVAEConfig, batch: int, guided: bool, precision: Precision, smooth: bool, images: int
+) -> int:
+    """All buffers of one batch size and the decoder's activations for `images` at a time (an estimate), in bytes."""
+    rows = 2 * batch if guided else batch
+    inputs, outputs = input_specs(var, batch, rows), output_specs(var, batch)
+    work = work_specs(var, batch, rows, precision, smooth)
+    buffers = nbytes([*inputs, *outputs, *work, *decode_specs(vqvae, batch)])
+    return buffers + decoder_activation_bytes(vqvae, images, precision)
+
+
+def nbytes(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of all tensors together."""
+    return sum(_BYTES[spec.dtype] * math.prod(int(side) for side in spec.shape) for spec in specs)
