@@ -163,7 +163,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             smooth=smooth,
-            on_scale=on_scale,
+            on_scale=on_scale if steps_gif is not None or sys.stderr.isatty() else None,
         )
     if out.suffix and not out.is_dir():
         picture = result.images[0] if len(result.images) == 1 else image_grid(result.images)

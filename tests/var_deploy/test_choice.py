@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -389,3 +390,22 @@ def test_load_passes_every_option_on(tiny_bundle, taken, monkeypatch):
     torch_ = {"precision": "fp16", "decode_slice": 3, "compile_decoder": True}
     var_deploy.load(tiny_bundle, engine="torch", device="cpu", **torch_)
     assert seen == [EngineOptions(**onnx), EngineOptions(**torch_)]
+
+
+# ---- precisions ------------------------------------------------------------------------------------------------------
+
+
+def test_fp8_refuses_a_width_that_its_product_cannot_take(bundle):
+    manifest = bundle.manifest
+    odd = replace(bundle, manifest=replace(manifest, var=replace(manifest.var, ffn_dim=250)))
+    with pytest.raises(EngineError) as caught:
+        engine_for(odd, "torch", "cpu", EngineOptions(precision="fp8"))
+    expected = "precision 'fp8' needs an ffn_dim that is a multiple of 16, got 250; use bf16 or int8"
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("fp32", True), ("bf16", False)])
+def test_rounding_float32_products_are_warned_of(taken, monkeypatch, caplog, precision, warned):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    taken("torch", "cpu", precision=precision)
+    assert ("torch.set_float32_matmul_precision is 'high'" in caplog.text) is warned

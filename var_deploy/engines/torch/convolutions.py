@@ -7,7 +7,9 @@ published VQGAN-style model.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,15 @@ from torch import Tensor
 from ...config import VQVAEConfig
 from .weights import WeightReader
 
+#: The library's settings are the process's: two threads that set and restore them must not overlap.
+_SETTINGS = Lock()
 
-def library_convolutions() -> AbstractContextManager[None]:
+
+@contextmanager
+def library_convolutions() -> Iterator[None]:
     """The library times its algorithms when a shape is first seen, and float32 is computed in float32."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-    return flags
+    with _SETTINGS, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        yield
 
 
 class Convolutions:

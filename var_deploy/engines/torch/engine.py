@@ -57,12 +57,18 @@ def torch_engine(
         place = torch.device("cuda", index)
     if precision is None:
         precision = Precision.BF16 if place.type == "cuda" else Precision.FP32
+    ffn_dim = bundle.manifest.var.ffn_dim
+    if precision is Precision.FP8 and ffn_dim % 16:
+        raise EngineError(f"precision 'fp8' needs an ffn_dim that is a multiple of 16, got {ffn_dim}; use bf16 or int8")
     if precision is Precision.FP8 and place.type == "cuda" and torch.cuda.get_device_capability(place) < (9, 0):
         raise EngineError("precision 'fp8' needs a Hopper GPU or later (compute capability 9.0); use bf16 or int8")
     try:
         ops = triton_ops() if place.type == "cuda" else reference_ops()
     except ImportError as error:
         raise EngineError(f"engine 'torch' on a GPU needs triton ({error}); pip install 'var-deploy[gpu]'") from error
+    if precision is Precision.FP32 and torch.get_float32_matmul_precision() != "highest":
+        asked = torch.get_float32_matmul_precision()
+        log.warning("float32 products may round: torch.set_float32_matmul_precision is %r in this process", asked)
     log.info("engine torch on %s (%s), %s, %s kernels", place, reason, precision, ops.name)
     return TorchEngine(
         bundle, place, precision=precision, ops=ops, decode_slice=decode_slice, compile_decoder=compile_decoder
@@ -129,6 +135,7 @@ class TorchEngine:
                 clock.mark(stage.name)
                 if on_scale is not None and stage.completed is not None:
                     k = stage.completed
+                    self._refuse_invalid(b.invalid_KB[:, :B].to("cpu", copy=True).numpy())
                     tokens_Bn = b.tokens_BL[:B, slice(*self._var.span(k))].to("cpu", copy=True).numpy()
                     on_scale(k, tokens_Bn, _map_on_host(b.f_hat_BlC(k + 1)[:B]))
             b.outputs.download()
@@ -228,7 +235,16 @@ class TorchEngine:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.device(self.device))
                 stack.enter_context(torch.cuda.stream(self._stream))
-            yield
+            try:
+                yield
+                return
+            except torch.OutOfMemoryError:
+                pass  # its trace holds on to tensors until here
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self.device)[0]
+            raise EngineError(
+                f"{self.device}: out of memory with {free / 1e9:.1f} GB free; free some, or take fewer images at a time"
+            )
 
     @contextmanager
     def _once(self) -> Iterator[None]:

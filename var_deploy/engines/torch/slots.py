@@ -136,7 +136,7 @@ class Slots:
         step = f"batch {fits[-1]} should fit" if fits else "not even batch 1 fits: free memory on the GPU"
         return (
             f"batch {B}: needs about {needed(bucket) / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are free on "
-            f"{self._device}; {step}; decode_slice=1 takes less for the decoder"
+            f"{self._device}; {step}" + ("" if program.decode_slice else "; decode_slice=1 takes less for the decoder")
         )
 
 
