@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKPOINTS := --var train/checkpoints/digits_var.safetensors --vae train/checkpoints/digits_vqvae.safetensors
 
-.PHONY: demo test test-full test-gpu lint digits kernels bench-cpu bench-gpu clean
+.PHONY: demo test test-full test-gpu sanitize lint digits kernels bench-cpu bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +34,12 @@ test-full: $(READY)
 
 # What needs a CUDA device. Uses the Python it is given, whose PyTorch has to be one for CUDA: the pinned one has not.
 test-gpu:
+	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device: nothing was tested')"
 	$(PYTHON) -m pytest -m gpu
+
+# The kernels' memory accesses, checked one by one on a GPU.
+sanitize:
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -x tests/kernels -k "reference or guard or outside"
 
 # Registers and shared memory of every kernel, compiled ahead of time; no GPU needed.
 kernels: $(READY)

@@ -91,7 +91,9 @@ def export(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Bundle directory or checkpoint file.")],
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes of the memory plan.")] = [1, 8, 64],  # noqa: B006
-    precision: Annotated[Precision, typer.Option(help="Of the torch engine's plan.")] = Precision.BF16,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the torch engine's plan, for a bundle; default bf16.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show configuration, parameters, sizes and the memory plan of a bundle or checkpoint."""
@@ -99,7 +101,9 @@ def inspect(
     from .inspection import inspect_bundle
 
     if path.is_dir():
-        data = inspect_bundle(path, batch, precision)
+        data = inspect_bundle(path, batch, precision or Precision.BF16)
+    elif precision is not None:
+        raise RequestError(f"{path}: the torch engine's plan needs a bundle; export first, or leave out --precision")
     else:
         data = _needs("var_export.inspection", "export").inspect_checkpoint(path, batch)
     _output(data, as_json, report.inspection)
@@ -128,6 +132,7 @@ def generate(
     """Generate images."""
     from rich.progress import Progress
 
+    from .engines import DeviceLoop
     from .images import image_grid, save_animation
     from .pipeline import Preview, load
 
@@ -163,7 +168,8 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             smooth=smooth,
-            on_scale=on_scale if steps_gif is not None or sys.stderr.isatty() else None,
+            # A listener makes a device engine stop after every scale; a moving bar is not worth that.
+            on_scale=None if steps_gif is None and isinstance(pipe.engine, DeviceLoop) else on_scale,
         )
     if out.suffix and not out.is_dir():
         picture = result.images[0] if len(result.images) == 1 else image_grid(result.images)
@@ -292,10 +298,10 @@ def bench(
             progress=status.update,
             on_record=on_record,
         )
+    _output(record, as_json, report.bench)
     if plot is not None:
         with _replacing(plot) as partial:
             plot_bench(record["rows"], partial, f"{preset or bundle}, engine {record['engine']}", form=plot.suffix[1:])
-    _output(record, as_json, report.bench)
 
 
 def _stderr() -> Any:

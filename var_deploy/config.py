@@ -18,6 +18,7 @@ import numpy as np
 from .errors import VarDeployError
 
 HEAD_DIM = 64  # width of one attention head in every published VAR
+PLAIN_SCALE = 0.25 / HEAD_DIM**0.5  # softmax scale of attention without L2 normalisation
 GROUPS = 32  # GroupNorm groups of the VQVAE
 
 

@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from var_deploy.config import HEAD_DIM, VARConfig, VQVAEConfig
+from var_deploy.config import HEAD_DIM, PLAIN_SCALE, VARConfig, VQVAEConfig
 from var_deploy.interpolation import area_matrix, bicubic_matrix
 from var_deploy.signature import GraphSpec, cache_names, graph_specs, scale_graph_name
-from var_train.var import LN_EPS, PLAIN_SCALE
+from var_train.var import LN_EPS
 
 from .graph_builder import GraphBuilder
 from .weights_file import WeightsLayout

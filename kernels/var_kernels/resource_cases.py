@@ -51,7 +51,7 @@ def _adaln(model: str, side: int, dtype: torch.dtype, *, branch: bool = True) ->
 def _cached_attention(model: str, side: int, dtype: torch.dtype, *, R: int = 2, unit: bool = True) -> Arguments:
     n, D, scales = side**2, WIDTH[model], _scales(model)
     cache_k, cache_v = (_t(R, D // HEAD_DIM, _begin(scales, 99), HEAD_DIM, dtype=dtype) for _ in range(2))
-    scaling = {"q_scale_H": _t(D // HEAD_DIM) if unit else None, "softmax_scale": 1.0 if unit else 0.125}
+    scaling = {"q_scale_H": _t(D // HEAD_DIM) if unit else None, "softmax_scale": 1.0 if unit else 0.25 / HEAD_DIM**0.5}
     state = {"cache_k_RHLd": cache_k, "cache_v_RHLd": cache_v, "begin": _begin(scales, side)}
     return {"qkv_MN": _t(R * n, 3 * D, dtype=dtype), **scaling, **state, "out_MD": _t(R * n, D, dtype=dtype)}
 

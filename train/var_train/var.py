@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_deploy.config import HEAD_DIM, VARConfig
+from var_deploy.config import HEAD_DIM, PLAIN_SCALE, VARConfig
 
 #: Keys and values of the scales so far: per block (k_BHld, v_BHld); empty before the first scale.
 KVCache = list[tuple[Tensor, Tensor]]
 
 MAX_SCALE_MUL = math.log(100.0)  # cap of the learned attention scale, in log space
 LN_EPS = 1e-6
-PLAIN_SCALE = 0.25 / math.sqrt(HEAD_DIM)  # softmax scale without L2 normalisation
 
 
 class DropPath(nn.Module):

@@ -15,12 +15,10 @@ from torch import Tensor
 from var_kernels import Ops
 from var_kernels.reference import resampling_taps
 
-from ...config import VARConfig, VQVAEConfig
+from ...config import PLAIN_SCALE, VARConfig, VQVAEConfig
 from ...interpolation import area_matrix, bicubic_matrix
 from .buffers import Buffers
 from .weights import Product, WeightReader
-
-PLAIN_SCALE = 0.25 / 8  # softmax scale of plain attention: 0.25/√64
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from var_kernels import Ops
+from var_kernels.reference import FP8_MAX
 
 from ...bundle import Bundle
 from ...precision import Precision
 from ...static_buffers import activation_dtype
 
 INT8_MAX = 127
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def dtype_of(name: str) -> torch.dtype:
