@@ -113,7 +113,13 @@ def bench(data: dict[str, Any]) -> None:
             console.print(f"{name}, median {'seconds' if unit == 's' else unit} per stage: {stages}", soft_wrap=True)
         for what, why in row["failed"].items():
             console.print(f"batch {row['batch']}: {what} not timed: {escape(why)}", soft_wrap=True)
-    console.print("PSS after the warm-up and peak RSS in MB, both before the reference was built", soft_wrap=True)
+    console.print(
+        "PSS after the warm-up and peak RSS in MB, before a row's own reference was built"
+        + ("; peak RSS holds what earlier precisions took" if several else ""),
+        soft_wrap=True,
+    )
+    for how in sorted({row["reference_how"] for row in rows if row["reference_how"]}):
+        console.print(f"reference: {how}", soft_wrap=True)
     console.print(f"timed: {data['timed']}", soft_wrap=True)
     for name in ("machine", "gpu"):
         if data[name]:

@@ -130,6 +130,9 @@ def verify_bundle(
         pipe = var_deploy.load(
             bundle_path, engine=engine, device=device, precision=precision, verify_digests=False, **options
         )
+        if tolerance != TOLERANCE and not pipe.engine.precision.exact:
+            gate = f"mean KL ≤ {MAX_MEAN_KL:g} nats, decoder ≥ {MIN_DECODER_PSNR:g} dB"
+            raise RequestError(f"tolerance: precision {pipe.engine.precision} is held to a gate ({gate}); leave it out")
         variant = options.get("graphs", pipe.engine.precision)
         progress(f"{pipe.engine.name} engine, {variant}")
         scales[variant], pixel_error[variant] = _compare(pipe, reference, labels, guidance, tolerance)

@@ -300,7 +300,7 @@ def test_a_nudged_weight_fails_in_the_torch_engine_too(small_bundle, small_paths
 def test_an_inexact_precision_is_judged_by_the_gate_alone(tiny_bundle, tiny_pair, monkeypatch, limits, passes):
     for name, value in limits.items():
         monkeypatch.setattr(verify, name, value)
-    # A tolerance that no engine could keep plays no part.
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)  # one that no engine could keep plays no part
     options = {"engine": "torch", "device": "cpu", "precision": "bf16", "labels": [3], "tolerance": 0.0}
     parity = verify_bundle(tiny_bundle, *tiny_pair[1:], **options)
     assert not parity.exact
@@ -357,3 +357,8 @@ def test_signal_to_noise_ratio_known_by_hand():
     pixels = np.full((1, 3, 4, 4), 0.5, np.float32)
     assert verify._psnr(pixels + np.float32(0.125), pixels) == pytest.approx(-20 * np.log10(0.125))
     assert verify._psnr(pixels, pixels) == 200
+
+
+def test_a_tolerance_is_refused_where_the_gate_decides(small_bundle, small_paths):
+    with pytest.raises(RequestError, match=r"tolerance: precision bf16 is held to a gate .*; leave it out"):
+        verify_bundle(small_bundle, *small_paths, engine="torch", device="cpu", precision="bf16", tolerance=0.5)
