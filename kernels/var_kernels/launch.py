@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ class Launch:
 #: Options of every kernel. Products and sums may fuse: Triton's default, which it has announced to change.
 OPTIONS = {"enable_fp_fusion": True}
 
-_recorder: Callable[[Launch], None] | None = None
+#: Of this thread alone: another's launches go on.
+_recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("recorder", default=None)
 
 
 def launch(
@@ -39,8 +41,9 @@ def launch(
     num_stages: int = 2,
 ) -> None:
     """Starts a kernel on the current stream of its tensors' device."""
-    if _recorder is not None:
-        _recorder(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+    record = _recorder.get()
+    if record is not None:
+        record(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
         return
     kernel[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
 
@@ -48,13 +51,12 @@ def launch(
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Collects launches instead of starting them; for ahead-of-time compilation, where tensors may be on any device."""
-    global _recorder
     launches: list[Launch] = []
-    _recorder = launches.append
+    token = _recorder.set(launches.append)
     try:
         yield launches
     finally:
-        _recorder = None
+        _recorder.reset(token)
 
 
 def next_power_of_2(n: int) -> int:

@@ -9,6 +9,7 @@ map, l = h² cells.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock
@@ -26,7 +27,7 @@ from ...sampling import Settings, invalid_logits
 from ..engine import LoopResult, ScaleListener
 from .buffers import Buffers
 from .convolutions import Convolutions, library_convolutions
-from .graphs import Clock
+from .graphs import Clock, give_back_memory, out_of_memory
 from .program import Program
 from .slots import Slots
 from .weights import WeightReader
@@ -238,13 +239,15 @@ class TorchEngine:
             try:
                 yield
                 return
-            except torch.OutOfMemoryError:
-                pass  # its trace holds on to tensors until here
-            torch.cuda.empty_cache()
+            except RuntimeError as error:
+                if self._stream is None or not out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors of what failed
+            give_back_memory()
             free = torch.cuda.mem_get_info(self.device)[0]
             raise EngineError(
                 f"{self.device}: out of memory with {free / 1e9:.1f} GB free; free some, or take fewer images at a time"
-            )
+            ) from None
 
     @contextmanager
     def _once(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import time
 from collections.abc import Callable
 from threading import Lock
@@ -14,6 +16,9 @@ Launch = Callable[[], object]
 
 #: One capture at a time in the process: PyTorch synchronises the device when one begins.
 _CAPTURING = Lock()
+
+#: Of the driver and Triton; of cuBLAS; of cuDNN, none of whose algorithms found room.
+_NO_MEMORY = "out of memory|ALLOC_FAILED|unable to find an engine"
 
 
 def captured(launches: list[Launch], stream: torch.cuda.Stream, pool: Any) -> list[Launch]:
@@ -32,15 +37,31 @@ def captured(launches: list[Launch], stream: torch.cuda.Stream, pool: Any) -> li
 
 def _capture(launch: Launch, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            launch()
-    except RuntimeError as error:
-        cause: BaseException | None = error  # ending a failed capture raises an error of its own over the first
-        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
-            cause = cause.__context__
-        raise (cause or error) from None
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        launch()
     return graph
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU's memory did not suffice, in the words of whichever library said so.
+
+    Ending a failed capture may raise an error of its own over the first, so what came before counts too.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError):
+            return True
+        if isinstance(cause, RuntimeError) and re.search(_NO_MEMORY, str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def give_back_memory() -> None:
+    """Returns to the GPU what nothing refers to any more; waits for captures, during which PyTorch would not."""
+    with _CAPTURING:
+        gc.collect()  # what a failed capture held may hang in cycles with its trace
+        torch.cuda.empty_cache()
 
 
 class Clock:

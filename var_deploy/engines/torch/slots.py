@@ -16,7 +16,7 @@ from ...errors import EngineError
 from ...sampling import Settings
 from ...static_buffers import generation_bytes
 from .buffers import Buffers, DecodeBuffers
-from .graphs import Launch, captured
+from .graphs import Launch, captured, give_back_memory, out_of_memory
 from .program import Program, Stage
 
 log = logging.getLogger("var_deploy")
@@ -52,8 +52,9 @@ class Slots:
         for _ in range(2):  # the second time without other batch sizes, which may have been in the way
             try:
                 return self._ready(B, settings, staged, decode)
-            except torch.OutOfMemoryError:
-                pass  # its trace holds on to tensors until here
+            except RuntimeError as error:  # its trace holds on to tensors until this block is left
+                if not out_of_memory(error):
+                    raise
             self.release()
         raise EngineError(self._too_large(B, settings))
 
@@ -108,7 +109,7 @@ class Slots:
         if self._stream is not None:
             self._stream.synchronize()
             self._pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()
+            give_back_memory()
 
     def _decode_buffers(self, bucket: int) -> DecodeBuffers:
         if bucket not in self._decode:
