@@ -41,9 +41,11 @@ test-gpu:
 sanitize:
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -x tests/kernels -k "reference or guard or outside"
 
-# Registers and shared memory of every kernel, compiled ahead of time; no GPU needed.
+# Registers and shared memory of every kernel, compiled ahead of time, and the rows that a GPU would fill in; no GPU
+# needed.
 kernels: $(READY)
 	$(BIN)/python -m var_kernels.resources --markdown docs/results/kernels.md
+	$(BIN)/python -m var_kernels.benchmark --table docs/results/gpu-kernels.md
 
 # Trains the two checkpoints under train/checkpoints again and measures them.
 digits: $(READY)
@@ -64,7 +66,7 @@ bench-cpu: $(READY)
 bench-gpu: export PYTHONPATH := .:export:kernels:train
 bench-gpu:
 	$(PYTHON) -m var_deploy.bench.suite --out docs/results --budget 330
-	$(PYTHON) -m var_kernels.benchmark --out docs/results/gpu-kernels.json --budget 120
+	$(PYTHON) -m var_kernels.benchmark --out docs/results --budget 120
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

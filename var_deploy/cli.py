@@ -8,18 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import EngineError, RequestError, VarDeployError
+from .errors import EngineError, RequestError, run_command
+from .output_file import check_output, replacing, write_text
 from .precision import Precision
 
 app = typer.Typer(
@@ -46,12 +43,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; d
 
 def main() -> None:
     """Entry point: runs the command and turns errors into one line and a status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays behind
-    try:
-        app()
-    except (VarDeployError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(1) from None
+    run_command(app)
 
 
 @app.callback()
@@ -94,16 +86,19 @@ def inspect(
     precision: Annotated[
         Precision | None, typer.Option(help="Of the torch engine's plan, for a bundle; default bf16.")
     ] = None,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Plan for mixing codes instead of drawing.")] = False,
+    decode_slice: DecodeSlice = None,
     as_json: AsJson = False,
 ) -> None:
     """Show configuration, parameters, sizes and the memory plan of a bundle or checkpoint."""
     from . import report
     from .inspection import inspect_bundle
 
+    plan = {"--precision": precision, "--smooth": smooth or None, "--decode-slice": decode_slice}
     if path.is_dir():
-        data = inspect_bundle(path, batch, precision or Precision.BF16)
-    elif precision is not None:
-        raise RequestError(f"{path}: the torch engine's plan needs a bundle; export first, or leave out --precision")
+        data = inspect_bundle(path, batch, precision or Precision.BF16, smooth=smooth, decode_slice=decode_slice)
+    elif given := [name for name, value in plan.items() if value is not None]:
+        raise RequestError(f"{path}: the torch engine's plan needs a bundle; export first, or leave out {given[0]}")
     else:
         data = _needs("var_export.inspection", "export").inspect_checkpoint(path, batch)
     _output(data, as_json, report.inspection)
@@ -173,18 +168,18 @@ def generate(
         )
     if out.suffix and not out.is_dir():
         picture = result.images[0] if len(result.images) == 1 else image_grid(result.images)
-        with _replacing(out) as partial:
+        with replacing(out) as partial:
             picture.save(partial)
         print(out)
     else:
         for index, (image, label) in enumerate(zip(result.images, classes, strict=True)):
             name = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)
             path = out / f"{index:03d}_{name}_seed{seed + index}.png"
-            with _replacing(path) as partial:
+            with replacing(path) as partial:
                 image.save(partial)
             print(path)
     if steps_gif is not None:
-        with _replacing(steps_gif) as partial:
+        with replacing(steps_gif) as partial:
             save_animation(frames, partial)
         print(steps_gif)
 
@@ -264,6 +259,8 @@ def bench(
         raise RequestError(f"bench: got {got}, expected either a bundle directory or --preset NAME")
     if preset is not None and (threads is not None or graphs != "symbolic"):
         raise EngineError("a preset runs on engine 'torch', which has no options threads and graphs; leave them out")
+    if out is not None:
+        check_output(out)
     if plot is not None:
         check_plot(plot)
     run: dict[str, Any] = {"engine": engine, "device": device}
@@ -279,8 +276,7 @@ def bench(
 
     def on_record(record: dict[str, Any]) -> None:
         if out is not None:
-            with _replacing(out) as partial:
-                partial.write_text(_json(record, indent=1) + "\n", encoding="utf-8")
+            write_text(out, _json(record, indent=1) + "\n")
 
     with _stderr().status("loading") as status:
         record = sweep(
@@ -300,7 +296,7 @@ def bench(
         )
     _output(record, as_json, report.bench)
     if plot is not None:
-        with _replacing(plot) as partial:
+        with replacing(plot) as partial:
             plot_bench(record["rows"], partial, f"{preset or bundle}, engine {record['engine']}", form=plot.suffix[1:])
 
 
@@ -366,26 +362,6 @@ def _check_picture(out: Path) -> None:
     if out.suffix.lower() not in PICTURE_SUFFIXES:
         known = ", ".join(PICTURE_SUFFIXES)
         raise RequestError(f"{out}: unknown picture format {out.suffix!r}; use {known}, or a directory name")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A partial file beside `path` that takes its place when the block succeeds."""
-    partial = path.with_name(f".partial-{path.name}")
-    made_parents = [parent for parent in path.parents if not os.path.lexists(parent)]  # innermost first
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-        made_parents = []
-    except OSError as error:
-        raise RequestError(f"{path}: cannot write ({error.strerror or error}); choose another place") from error
-    finally:
-        with suppress(OSError):  # it may never have existed
-            partial.unlink()
-        for parent in made_parents:
-            with suppress(OSError):
-                parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
 """Exceptions by who must act. Every message says what is wrong, got and expected, and the next step."""
 
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
 
 class VarDeployError(Exception):
     """Base of all errors that a user can mend; the command line prints it on one line, without a trace."""
@@ -19,3 +25,13 @@ class EngineError(VarDeployError):
 
 class RequestError(VarDeployError):
     """A request (label, seed, guidance, image, ...) is outside what the loaded model accepts."""
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Runs a command line's entry point; an error that a user can mend is one line, exit status 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays behind
+    try:
+        command()
+    except (VarDeployError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None

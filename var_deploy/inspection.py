@@ -11,11 +11,28 @@ from .config import config_to_dict
 from .launch_counts import launch_counts
 from .memory import FLOAT_BYTES, memory_plan
 from .precision import Precision
-from .static_buffers import decoder_activation_bytes, generation_bytes, nbytes, work_specs
+from .static_buffers import (
+    bucket_of,
+    decoded_at_once,
+    decoder_activation_bytes,
+    generation_bytes,
+    nbytes,
+    work_specs,
+)
 
 
-def inspect_bundle(path: Path, batches: list[int], precision: Precision = Precision.BF16) -> dict[str, Any]:
-    """Opens, checks and describes a bundle; `precision` is that of the torch engine's plan. Raises BundleError."""
+def inspect_bundle(
+    path: Path,
+    batches: list[int],
+    precision: Precision = Precision.BF16,
+    *,
+    smooth: bool = False,
+    decode_slice: int | None = None,
+) -> dict[str, Any]:
+    """Opens, checks and describes a bundle. Raises BundleError.
+
+    precision, smooth, decode_slice: those of the torch engine's plan, which is for a GPU and guided images.
+    """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     parameters = {"condition": 0, "scales": 0, "decoder": 0, "encoder": 0}
@@ -38,32 +55,43 @@ def inspect_bundle(path: Path, batches: list[int], precision: Precision = Precis
         "parameters": parameters,
         "files": {name: seal.size for name, seal in manifest.files.items()},
         "memory": [{**asdict(plan), "total": plan.total} for plan in plans],
-        "torch": _torch_plan(manifest, sizes, batches, precision),
+        "torch": _torch_plan(manifest, sizes, batches, precision, smooth, decode_slice),
     }
 
 
-def _torch_plan(manifest: Manifest, sizes: dict[str, int], batches: list[int], precision: Precision) -> dict[str, Any]:
-    """What the torch engine holds and replays for a guided batch, in bytes and launches."""
+def _torch_plan(
+    manifest: Manifest,
+    sizes: dict[str, int],
+    batches: list[int],
+    precision: Precision,
+    smooth: bool,
+    decode_slice: int | None,
+) -> dict[str, Any]:
+    """What the torch engine holds and replays for a guided batch on a GPU, in bytes and launches."""
     var, vqvae = manifest.var, manifest.vqvae
     weights = sum(size * _device_bytes(name, precision) for name, size in sizes.items() if _part(name) != "encoder")
     memory = []
     for batch in batches:
-        work = work_specs(var, batch, 2 * batch, precision, smooth=False)
+        bucket = bucket_of(batch)
+        work = work_specs(var, bucket, 2 * bucket, precision, smooth)
         caches = nbytes([spec for spec in work if spec.name.startswith("caches")])
-        decoder = decoder_activation_bytes(vqvae, batch, precision)
-        total = weights + generation_bytes(var, vqvae, batch, True, precision, False, batch)
-        buffers = total - weights - caches - decoder
+        images = decoded_at_once(vqvae, bucket, decode_slice)
+        decoder = decoder_activation_bytes(vqvae, images, precision)
+        generation = generation_bytes(var, vqvae, bucket, precision, smooth=smooth, decode_slice=decode_slice)
         memory.append(
             {
                 "batch": batch,
+                "runs_as": bucket,
                 "weights": weights,
                 "caches": caches,
-                "buffers": buffers,
+                "buffers": generation - caches - decoder,
                 "decoder": decoder,
-                "total": total,
+                "total": weights + generation,
+                "launches": launch_counts(var, vqvae, precision, smooth=smooth, decode_slices=-(-bucket // images)),
             }
         )
-    return {"precision": str(precision), "launches": launch_counts(var, vqvae, precision), "memory": memory}
+    options = {"precision": str(precision), "smooth": smooth, "decode_slice": decode_slice}
+    return {**options, "memory": memory}
 
 
 def _device_bytes(name: str, precision: Precision) -> int:

@@ -32,9 +32,9 @@ def launch_counts(
 
 
 def _decoder_launches(vqvae: VQVAEConfig, precision: Precision) -> int:
-    norm, conv, add = 2, 1, 1  # a norm is two launches: statistics, then the rest
-    residual = 2 * (norm + conv) + add
-    attention = norm + 3 + add  # qkv, attention, projection
+    norm, conv = 2, 1  # a norm is two launches: sum and statistics, then the rest
+    residual = 2 * (norm + conv)  # the next norm adds
+    attention = norm + 3  # qkv, attention, projection
     widths = [vqvae.ch * m for m in vqvae.ch_mult]
     blocks = len(widths) * (vqvae.num_res_blocks + 1)
     width, shortcuts = widths[-1], 0
@@ -43,6 +43,6 @@ def _decoder_launches(vqvae: VQVAEConfig, precision: Precision) -> int:
         width = c_out
     total = 2 * conv + 2 * residual + attention  # post_quant_conv, conv_in, middle
     total += blocks * residual + shortcuts + (vqvae.num_res_blocks + 1) * attention
-    total += (len(widths) - 1) * 2  # upsampling: nearest, convolution
+    total += (len(widths) - 1) * 2  # upsampling: sum and nearest, convolution
     cast = 0 if precision is Precision.FP32 else 1
     return cast + total + norm + conv + 1  # the last: to pixels

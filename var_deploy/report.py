@@ -34,15 +34,17 @@ def inspection(data: dict[str, Any]) -> None:
 
 def _torch_plan(console: Console, plan: dict[str, Any]) -> None:
     """The torch engine on a GPU: memory by batch, and what one CUDA graph replays."""
-    columns = ("batch", "weights", "caches", "buffers", "decoder (estimate)", "total")
-    table = Table(*columns, title=f"torch engine, {plan['precision']}, guided: memory on the device (MB)")
+    columns = ("batch", "runs as", "weights", "caches", "buffers", "decoder (estimate)", "total", "launches")
+    options = "".join(f", {name} {plan[name]}" for name in ("smooth", "decode_slice") if plan[name])
+    table = Table(*columns, title=f"torch engine, {plan['precision']}, guided{options}: memory on the GPU (MB)")
     for row in plan["memory"]:
         sizes = (row[part] for part in ("weights", "caches", "buffers", "decoder", "total"))
-        table.add_row(str(row["batch"]), *(_mega(size) for size in sizes))
+        launches = sum(row["launches"].values())
+        table.add_row(str(row["batch"]), str(row["runs_as"]), *(_mega(size) for size in sizes), str(launches))
     console.print(table)
-    launches = plan["launches"]
-    parts = ", ".join(f"{stage} {count}" for stage, count in launches.items())
-    console.print(f"launches in the graph of one generation: {sum(launches.values())} ({parts})", soft_wrap=True)
+    for row in plan["memory"][:1]:
+        parts = ", ".join(f"{stage} {count}" for stage, count in row["launches"].items())
+        console.print(f"launches in the graph of one generation, batch {row['batch']}: {parts}", soft_wrap=True)
 
 
 def _bundle_parts(console: Console, data: dict[str, Any]) -> None:
@@ -76,20 +78,28 @@ def parity(data: dict[str, Any]) -> None:
     every_row = [row for rows in data["scales"].values() for row in rows]
     logit_error = max(row["logit_error"] for row in every_row)
     pixel_error = max(data["pixel_error"].values())
+    loop = ""
+    if data["loop"]:
+        loop = (
+            f"; whole images: {data['loop']['token_agreement']:.2%} of tokens the best, "
+            f"{data['loop']['clear_disagreements']} clearly not, pictures {data['loop']['pixel_psnr']:.1f} dB"
+        )
     outcome = "passed" if data["passed"] else "[bold red]FAILED[/bold red]"
     if not data["exact"]:
         mean_kl, psnr = max(row["mean_kl"] for row in every_row), min(data["decoder_psnr"].values())
         console.print(
             f"fidelity gate {outcome}: largest mean KL of a scale {mean_kl:.1e} (limit {data['max_mean_kl']:g}), "
-            f"decoder {psnr:.1f} dB (limit {data['min_decoder_psnr']:g}); {data['precision']} is approximate: "
-            f"logits {logit_error:.1e}, encoder tokens {data['encoded_token_agreement']:.2%} equal",
+            f"decoder {psnr:.1f} dB (limit {data['min_decoder_psnr']:g}), reconstruction "
+            f"{max(data['reconstruction_loss'], 0):.2f} dB worse (limit {data['max_reconstruction_loss']:g}){loop}; "
+            f"{data['precision']} is approximate: logits {logit_error:.1e}, "
+            f"encoder tokens {data['encoded_token_agreement']:.2%} equal",
             soft_wrap=True,
         )
         return
     console.print(
         f"parity {outcome}: logits {logit_error:.1e}, "
         f"pixels {pixel_error:.1e}, encoder tokens {data['encoded_token_agreement']:.2%} equal, "
-        f"reconstruction {data['reconstruction_error']:.1e} (tolerance {data['tolerance']:g})",
+        f"reconstruction {data['reconstruction_error']:.1e} (tolerance {data['tolerance']:g}){loop}",
         soft_wrap=True,
     )
 
@@ -143,7 +153,7 @@ def _bench_lines(rows: list[dict[str, Any]], factor: float) -> list[tuple[str, l
         ("without decoder", spread("without_decoder")),
         ("floor", number("floor_seconds", "{:.3f}", factor)),
         ("share of floor", number("share_of_floor", "{:.0%}")),
-        ("share of arithmetic", number("flops_share", "{:.0%}")),
+        ("MFU", number("flops_share", "{:.0%}")),
         ("reference", [cell or "not run" for cell in spread("reference")]),
         ("ratio", number("speedup", "{:.2f}×")),
         ("compiled reference", spread("compiled")),

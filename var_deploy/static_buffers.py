@@ -1,8 +1,9 @@
 """What the torch engine allocates once per batch size and keeps: every buffer's shape and type, as data.
 
-The engine allocates from these lists and `inspect` adds them up, so the plan is what is allocated. Axes: B images,
-R rows (2B under guidance), M = R·n tokens of the widest scale, D width, F hidden width, H heads, L all positions,
-K scales, V codebook entries, C code width, l = h² cells, side: of the image in pixels.
+The engine allocates from these lists and `inspect` adds them up, so the plan is what is allocated. Axes: B images, R
+rows (2B under guidance), n tokens of the widest scale, M = R·n, D width, F hidden width, H heads of d = 64 channels, L
+all positions, i blocks, N outputs of one product (all modulations; q, k and v), K scales (in `quantized_MK`: the inputs
+of a product), V codebook entries, C code width, l = h² cells; [B, 3, R, R] and [B, R, R, 3] are pictures of R pixels.
 """
 
 from __future__ import annotations
@@ -24,12 +25,28 @@ _BYTES = {
     "int32": 4,
     "int64": 8,
 }
+#: Batch sizes that have graphs on a GPU; beyond the last, a batch runs in a multiple of it.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+#: Elements of a map that kernels and libraries count in 32 bits.
+_MAX_MAP_ELEMENTS = 2**31 - 1
+
 _ACTIVATION = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}
 
 
 def activation_dtype(precision: Precision) -> str:
     """Type of activations and caches."""
     return _ACTIVATION[precision.activation]
+
+
+def bucket_of(batch: int) -> int:
+    """The batch size that a batch runs as on a GPU."""
+    return next((size for size in BUCKETS if size >= batch), -(-batch // BUCKETS[-1]) * BUCKETS[-1])
+
+
+def decoded_at_once(vqvae: VQVAEConfig, batch: int, decode_slice: int | None) -> int:
+    """Images that the decoder takes at a time: all, or a slice, and no more than its widest map can count."""
+    return min(batch, decode_slice or batch, max(1, _MAX_MAP_ELEMENTS // _widest_map(vqvae)))
 
 
 def input_specs(var: VARConfig, batch: int, rows: int) -> list[TensorSpec]:
@@ -91,20 +108,31 @@ def decode_specs(vqvae: VQVAEConfig, batch: int) -> list[TensorSpec]:
 
 def decoder_activation_bytes(vqvae: VQVAEConfig, images: int, precision: Precision) -> int:
     """What the decoder holds at its widest level: shortcut, normed map, a convolution's result and its scratch."""
+    return 4 * precision.activation_bytes * images * _widest_map(vqvae)
+
+
+def _widest_map(vqvae: VQVAEConfig) -> int:
+    """Elements of the largest map of one image."""
     sides = [vqvae.image_size // 2**level for level in range(len(vqvae.ch_mult))]
-    widest = max(vqvae.ch * mult * side**2 for mult, side in zip(vqvae.ch_mult, sides, strict=True))
-    return 4 * precision.activation_bytes * images * widest
+    return max(vqvae.ch * mult * side**2 for mult, side in zip(vqvae.ch_mult, sides, strict=True))
 
 
 def generation_bytes(
-    var: VARConfig, vqvae: VQVAEConfig, batch: int, guided: bool, precision: Precision, smooth: bool, images: int
+    var: VARConfig,
+    vqvae: VQVAEConfig,
+    batch: int,
+    precision: Precision,
+    *,
+    guided: bool = True,
+    smooth: bool = False,
+    decode_slice: int | None = None,
 ) -> int:
-    """All buffers of one batch size and the decoder's activations for `images` at a time (an estimate), in bytes."""
+    """All buffers of one batch size and the decoder's activations (an estimate), in bytes."""
     rows = 2 * batch if guided else batch
     inputs, outputs = input_specs(var, batch, rows), output_specs(var, batch)
     work = work_specs(var, batch, rows, precision, smooth)
     buffers = nbytes([*inputs, *outputs, *work, *decode_specs(vqvae, batch)])
-    return buffers + decoder_activation_bytes(vqvae, images, precision)
+    return buffers + decoder_activation_bytes(vqvae, decoded_at_once(vqvae, batch, decode_slice), precision)
 
 
 def nbytes(specs: Iterable[TensorSpec]) -> int:

@@ -1,13 +1,15 @@
 """Every kernel against the PyTorch a user would write, eager and compiled, and against the ceilings of the device.
 
-    python -m var_kernels.benchmark --out FILE.json [--only adaln] [--quick] [--budget SECONDS]
+    python -m var_kernels.benchmark [--out docs/results] [--only adaln] [--quick] [--budget SECONDS]
 
 A row is one operation at one size. Every provider is first compared with the reference on fresh inputs; one that is
-wrong, or fails, gets no time and makes the run fail at its end. The file is whole after every row.
+wrong, or fails, gets no time and makes the run fail at its end. Writes gpu-<name>-kernels.json and a page of the same
+name after every row, so that a run cut short still counts.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import zlib
@@ -22,13 +24,14 @@ from rich.console import Console
 
 from . import reference
 from .benchmark_cases import cases, quick_cases
-from .benchmark_report import BenchmarkError, Measured, Report, Row, machine, print_report
-from .benchmark_setup import Case, Inputs, Results, Setup, check
+from .benchmark_gpu import clocks
+from .benchmark_page import page
+from .benchmark_report import BenchmarkError, Measured, Report, Row, machine, print_report, slug
+from .benchmark_setup import COMPILE, EAGER, LIBRARY, PROVIDERS, Case, Inputs, Results, Setup, check
 from .ops import OPERATIONS, Ops, triton_ops
+from .result_file import refuse_unwritable, replace_file
 from .timing import Call, Ceilings, Timing, ceilings, time_cuda, type_name
 
-EAGER, COMPILE, LIBRARY = "eager", "compile", "library epilogue"
-PROVIDERS = (EAGER, COMPILE, LIBRARY)  # beside the kernels
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 SETS = 8  # of buffers, where they fit
@@ -44,15 +47,16 @@ def run(
     ops: Ops,
     providers: Sequence[str] = PROVIDERS,
     *,
-    out: Path | None = None,
     repeats: int = 100,
     budget: float | None = None,
     limits: Ceilings | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    on_row: Callable[[Report], None] = lambda _: None,
 ) -> Report:
     """Measures the cases in turn, until `budget` seconds are spent; a row begun is ended.
 
-    The first provider is `ops`, under its own name. Raises BenchmarkError at the end if one was wrong or failed.
+    The first provider is `ops`, under its own name. `on_row` hears the report after every row and at the end. Raises
+    BenchmarkError at the end if one was wrong or failed.
     """
     begin = time.monotonic()
     report = Report(ceilings=limits or ceilings(device), machine=machine(device))
@@ -68,12 +72,10 @@ def run(
             report.attempt(case.name, partial(_measure, case, device, ops, providers, repeats, report))
         except torch.AcceleratorError:
             stopped = "the device failed before"
-        if out is not None:
-            report.write(out)
+        on_row(report)
         if device.type == "cuda" and not stopped:
             torch.cuda.empty_cache()
-    if out is not None:
-        report.write(out)
+    on_row(report)
     if report.failures:
         raise BenchmarkError(report)
     return report
@@ -102,6 +104,7 @@ def _measure(
             flops=case.flops,
             floor_seconds=floor,
             providers=measured,
+            clocks=clocks(device),
         )
         report.rows.append(row)
 
@@ -162,40 +165,65 @@ def _baseline(name: str) -> Bind:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file, rewritten after every row.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the two files go.")] = Path("docs/results"),
     only: Annotated[list[str] | None, typer.Option(help="Operation to measure; repeat for several.")] = None,
     quick: Annotated[bool, typer.Option(help="One size per operation, fewer repeats, nothing compiled.")] = False,
     budget: Annotated[float | None, typer.Option(help="Seconds after which no further row starts.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Storage type: {' or '.join(DTYPES)}.")] = "bf16",
+    table: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure nothing, write the page alone.")] = None,
+    record: Annotated[Path | None, typer.Option(metavar="JSON", help="Of --table: what was measured, if any.")] = None,
 ) -> None:
     """Time the kernels on this machine's GPU."""
-    measurable = tuple(dict.fromkeys(case.operation for case in quick_cases(torch.bfloat16)))
     for name in only or ():
-        if name not in measurable:
-            known = "has no row" if name in OPERATIONS else "is unknown"
-            raise typer.BadParameter(f"operation {name!r} {known}; those with rows: {', '.join(measurable)}")
+        if name not in OPERATIONS:
+            raise typer.BadParameter(f"operation {name!r} is unknown; known: {', '.join(OPERATIONS)}")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"type {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    planned = list(cases(DTYPES[dtype]))
+    if table is not None:
+        refuse_unwritable(table)
+        replace_file(table, page(_read(record) if record else None, planned))
+        return
+    if record is not None:
+        raise typer.BadParameter("--record without --table, which says where its page goes; add --table FILE")
+    refuse_unwritable(out / "gpu-kernels.json")
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU", file=sys.stderr)
         raise typer.Exit(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    chosen = [case for case in (quick_cases if quick else cases)(DTYPES[dtype]) if not only or case.operation in only]
+    chosen = [case for case in (quick_cases(DTYPES[dtype]) if quick else planned) if not only or case.operation in only]
+    result = out / f"gpu-{slug(torch.cuda.get_device_name())}-kernels.json"
+
+    def write(report: Report) -> None:
+        report.write(result)
+        replace_file(result.with_suffix(".md"), page(report.record(), planned))
+
     try:
         report = run(
             torch.device("cuda"),
             chosen,
             triton_ops(),
             (EAGER, LIBRARY) if quick else PROVIDERS,
-            out=out,
             repeats=20 if quick else 100,
             budget=budget,
             progress=lambda name: print(name, file=sys.stderr, flush=True),
+            on_row=write,
         )
     except BenchmarkError as failed:
         print_report(failed.report, Console())
         raise typer.Exit(1) from None
     print_report(report, Console())
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """A record written by an earlier run."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{record}: {error}; expected what a run of this benchmark wrote") from None
+    if not isinstance(found, dict) or not {"rows", "ceilings", "machine"} <= found.keys():
+        raise typer.BadParameter(f"{record}: got no rows, expected what a run of this benchmark wrote")
+    return found
 
 
 if __name__ == "__main__":

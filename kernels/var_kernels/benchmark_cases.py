@@ -1,7 +1,4 @@
-"""What the benchmark runs: for every operation its buffers and traffic, and the sizes in the order of what they tell.
-
-`uniforms` has no case: it runs once per request, and no library call computes it.
-"""
+"""What the benchmark runs: every operation's buffers and traffic, and the sizes in the order of what they tell."""
 
 from __future__ import annotations
 
@@ -14,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import benchmark_eager as eager
-from .benchmark_setup import FP32, GUIDANCE, TOP_K, TOP_P, Case, Inputs, Results, Setup
+from . import reference
+from .benchmark_setup import FP32, GUIDANCE, LIBRARY, TOP_K, TOP_P, Case, Inputs, Results, Setup
 from .reference import HEAD_DIM, resampling_taps
+from .sizes import PLAIN_SCALE, SCALES, WIDTH, C, V, positions
 
-SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the published 256 px models
 SMALL_SCALE, LAST_SCALE = 3, 9
-L, V, C = 680, 4096, 32
-WIDTH = {"d16": 1024, "d30": 1920}
+SMOOTH_ERROR = 1e-2  # of a smooth weight: scores reach thousands, of which float32 keeps a few in ten thousand
 MAPS = ((256, 160), (64, 320), (16, 640))  # side and channels of the decoder's feature maps
 
 
@@ -54,20 +51,28 @@ def quick_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _cases_of(model: str, batch: int, k: int, dtype: torch.dtype, maps: tuple[tuple[int, int], ...]) -> Iterator[Case]:
-    D, R, n = WIDTH[model], 2 * batch, SCALES[k] ** 2
-    M, begin = R * n, sum(side**2 for side in SCALES[:k])
+    scales = SCALES[model]
+    D, R, n, L = WIDTH[model], 2 * batch, scales[k] ** 2, positions(scales)
+    M, begin = R * n, positions(scales[:k])
     yield linear(M=M, K=D, N=4 * D, variant="gelu", dtype=dtype)
     yield cached_attention(R=R, H=D // HEAD_DIM, n=n, begin=begin, L=L, dtype=dtype)
     yield adaln(R=R, n=n, D=D, dtype=dtype)
     yield draw(B=batch, n=n, V=V, C=C)
-    before = min(k, len(SCALES) - 2)
-    yield next_scale(B=batch, p=SCALES[before], q=SCALES[before + 1], h=SCALES[-1], C=C, D=D)
+    before = min(k, len(scales) - 2)
+    yield next_scale(B=batch, p=scales[before], q=scales[before + 1], h=scales[-1], C=C, D=D)
     for side, channels in maps:
+        yield groupnorm_silu(B=batch, side=side, C=channels, dtype=dtype, variant="sum")
         yield groupnorm_silu(B=batch, side=side, C=channels, dtype=dtype)
+    yield upsample_sum(B=batch, side=128, C=160, dtype=dtype)
     yield linear(M=M, K=D, N=3 * D, variant="", dtype=dtype)
     yield linear(M=M, K=4 * D, N=D, variant="int8", dtype=dtype)
     yield quantize_rows(M=M, K=D, dtype=dtype)
     yield to_pixels(B=batch, side=256, dtype=dtype)
+    yield uniforms(B=batch, L=L)
+    if k == LAST_SCALE:  # variants that tell nothing more elsewhere
+        yield cached_attention(R=R, H=D // HEAD_DIM, n=n, begin=begin, L=L, dtype=dtype, variant="plain")
+        yield draw(B=batch, n=n, V=V, C=C, variant="unguided")
+        yield draw(B=batch, n=n, V=V, C=C, variant="smooth", begin=begin, ratio=k / (len(scales) - 1))
 
 
 def adaln(*, R: int, n: int, D: int, dtype: torch.dtype) -> Case:
@@ -90,31 +95,42 @@ def adaln(*, R: int, n: int, D: int, dtype: torch.dtype) -> Case:
     return Case(operation="adaln", shape=shape, dtype=dtype, bytes=traffic, build=build)
 
 
-def cached_attention(*, R: int, H: int, n: int, begin: int, L: int, dtype: torch.dtype) -> Case:
+def cached_attention(*, R: int, H: int, n: int, begin: int, L: int, dtype: torch.dtype, variant: str = "") -> Case:
+    """`variant`: empty or "plain", which normalises nothing."""
     D, end = H * HEAD_DIM, begin + n
+    scale = PLAIN_SCALE if variant == "plain" else 1.0
 
     def build(new: Inputs) -> Setup:
         qkv_MN, out_MD = new.normal(R * n, 3 * D, dtype=dtype), new.unwritten(R * n, D, dtype=dtype)
-        q_scale_H = 4 + new.normal(H).abs()
+        q_scale_H = None if variant == "plain" else 4 + new.normal(H).abs()
         caches = [new.unwritten(R, H, L, HEAD_DIM, dtype=dtype) for _ in range(2)]
         caches[0][:, :, :begin] = F.normalize(new.normal(R, H, begin, HEAD_DIM), dim=-1)
         caches[1][:, :, :begin] = new.normal(R, H, begin, HEAD_DIM)
 
         def ours(op: Callable[..., Any]) -> Results:
-            return (op(qkv_MN, q_scale_H, *caches, begin=begin, softmax_scale=1.0, out_MD=out_MD),)
+            return (op(qkv_MN, q_scale_H, *caches, begin=begin, softmax_scale=scale, out_MD=out_MD),)
 
         def comparable(results: Results) -> Results:
             new_ones = [cache[:, :, begin:end] for cache in caches]
             return *results, *new_ones, *(cache[:, :, :begin] for cache in caches)
 
-        arguments = (qkv_MN, q_scale_H.view(H, 1, 1).to(dtype), *caches, begin)
+        q_scale_H11 = None if q_scale_H is None else q_scale_H.view(H, 1, 1).to(dtype)
+        arguments = (qkv_MN, q_scale_H11, *caches, begin, scale)
         return Setup(ours=ours, eager=eager.cached_attention, arguments=arguments, comparable=comparable)
 
     # Queries, keys and values read, the result written; the cache's past read, keys and values written.
     traffic = dtype.itemsize * (R * n * 4 * D + 2 * R * D * (begin + n))
     shape = {"R": R, "H": H, "n": n, "begin": begin}
     flops = 4 * R * n * end * D
-    return Case(operation="cached_attention", shape=shape, dtype=dtype, bytes=traffic, flops=flops, build=build)
+    return Case(
+        operation="cached_attention",
+        variant=variant,
+        shape=shape,
+        dtype=dtype,
+        bytes=traffic,
+        flops=flops,
+        build=build,
+    )
 
 
 def linear(*, M: int, K: int, N: int, variant: str, dtype: torch.dtype) -> Case:
@@ -136,7 +152,7 @@ def linear(*, M: int, K: int, N: int, variant: str, dtype: torch.dtype) -> Case:
             def epilogue() -> Results:
                 return (torch._addmm_activation(bias_N, x_MK, weight_KN, use_gelu=True),)
 
-            libraries["library epilogue"] = epilogue
+            libraries[LIBRARY] = epilogue
         scale_N = None if column_scale_N is None else column_scale_N.to(dtype)
         provider = eager.linear_gelu if gelu else eager.linear
         return Setup(ours=ours, eager=provider, arguments=(x_MK, weight_KN, bias_N, scale_N), libraries=libraries)
@@ -176,34 +192,81 @@ def quantize_rows(*, M: int, K: int, dtype: torch.dtype) -> Case:
     return Case(operation="quantize_rows", shape=shape, dtype=dtype, bytes=traffic, build=build, tolerance=tolerance)
 
 
-def draw(*, B: int, n: int, V: int, C: int) -> Case:
-    """Guided, with the sampling defaults, on normally distributed logits."""
-
+def uniforms(*, B: int, L: int) -> Case:
     def build(new: Inputs) -> Setup:
-        logits_RnV, uniforms_Bn, codebook_VC = new.normal(2 * B, n, V), new.uniform(B, n), new.normal(V, C)
-        strength_B, one_B = new.full((B,), GUIDANCE), new.full((B,), 1.0)
-        top_k_B, top_p_B = new.full((B,), TOP_K, torch.int32), new.full((B,), TOP_P)
-        tokens_Bn, codes_BnC = new.unwritten(B, n, dtype=torch.int64), new.unwritten(B, n, C)
-        invalid_B = new.full((B,), 0, torch.int32)
+        seeds_B, out_BL = new.seeds(B), new.unwritten(B, L, dtype=torch.float64)
 
         def ours(op: Callable[..., Any]) -> Results:
-            settings = (strength_B, one_B, top_k_B, top_p_B, codebook_VC)
-            outputs = {"tokens_out_Bn": tokens_Bn, "codes_out_BnC": codes_BnC, "invalid_out_B": invalid_B}
-            op(logits_RnV, uniforms_Bn, *settings, guided=True, **outputs)
-            return tokens_Bn, codes_BnC
+            return (op(seeds_B, out_BL=out_BL),)
 
         def comparable(results: Results) -> Results:
-            tokens, codes = results
+            return (results[0].view(torch.int64),)  # every bit counts
+
+        return Setup(ours=ours, eager=eager.uniforms, arguments=(seeds_B, L), comparable=comparable)
+
+    traffic = 8 * B + 8 * B * L
+    return Case(operation="uniforms", shape={"B": B, "L": L}, dtype=torch.float64, bytes=traffic, build=build)
+
+
+def draw(*, B: int, n: int, V: int, C: int, variant: str = "", begin: int = 0, ratio: float = 0.0) -> Case:
+    """With the sampling defaults, on normally distributed logits.
+
+    `variant`: empty, "unguided", or "smooth", which is guided too and takes the scale's first position and its ratio.
+    """
+    guided, smooth = variant != "unguided", variant == "smooth"
+
+    def build(new: Inputs) -> Setup:
+        logits_RnV = new.normal(2 * B if guided else B, n, V)
+        uniforms_Bn, codebook_VC = new.uniform(B, n), new.normal(V, C)
+        strength_B, one_B = new.full((B,), GUIDANCE), new.full((B,), 1.0)
+        top_k_B, top_p_B = new.full((B,), TOP_K, torch.int32), new.full((B,), TOP_P)
+        settings = (strength_B, one_B, top_k_B, top_p_B, codebook_VC)
+        outputs = {
+            "tokens_out_Bn": new.unwritten(B, n, dtype=torch.int64),
+            "codes_out_BnC": new.unwritten(B, n, C),
+            "invalid_out_B": new.full((B,), 0, torch.int32),
+        }
+        gumbel_BnV, seeds_B = None, None
+        if smooth:
+            seeds_B = new.seeds(B)
+            gumbel_BnV = new.counted(reference.gumbels(seeds_B, begin, n, V))
+            outputs["smooth_weights_out_BnV"] = new.unwritten(B, n, V)
+
+        def run(op: Callable[..., Any], outputs: dict[str, Tensor]) -> Results:
+            op(
+                logits_RnV,
+                uniforms_Bn,
+                *settings,
+                guided=guided,
+                **outputs,
+                seeds_B=seeds_B,
+                begin=begin,
+                ratio=ratio,
+            )
+            return tuple(tensor for name, tensor in outputs.items() if name != "invalid_out_B")
+
+        def comparable(results: Results) -> Results:
+            tokens, codes, *weights = results
             inside = tokens.clamp(0, V - 1)
-            return tokens, (codes == codebook_VC[inside]).all(-1), invalid_B
+            right = (tokens, (codes == codebook_VC[inside]).all(-1), outputs["invalid_out_B"])
+            if not weights:
+                return right
+            # By position: where rounding decides whether a token is kept, all weights of its position may change.
+            *_, expected_BnV = run(reference.draw, {name: tensor.clone() for name, tensor in outputs.items()})
+            return *right, ((weights[0] - expected_BnV).abs() <= SMOOTH_ERROR).all(-1)
 
-        arguments = (logits_RnV, uniforms_Bn, codebook_VC)
-        return Setup(ours=ours, eager=eager.draw, arguments=arguments, comparable=comparable)
+        return Setup(
+            ours=lambda op: run(op, outputs),
+            eager=eager.draw,
+            arguments=(logits_RnV, uniforms_Bn, codebook_VC, gumbel_BnV, ratio),
+            comparable=comparable,
+        )
 
-    # Logits, numbers and settings read; tokens written; codes looked up and written.
-    traffic = 4 * 2 * B * n * V + 8 * B * n + 16 * B + 8 * B * n + 2 * 4 * B * n * C
+    # Logits, numbers and settings read; tokens written; codes looked up and written; seeds read, weights written.
+    traffic = (8 if guided else 4) * B * n * V + 8 * B * n + (16 if guided else 12) * B + 8 * B * n + 2 * 4 * B * n * C
+    traffic += 8 * B + 4 * B * n * V if smooth else 0
     shape = {"B": B, "n": n, "V": V}
-    return Case(operation="draw", shape=shape, dtype=FP32, bytes=traffic, build=build)
+    return Case(operation="draw", variant=variant, shape=shape, dtype=FP32, bytes=traffic, build=build)
 
 
 def next_scale(*, B: int, p: int, q: int, h: int, C: int, D: int) -> Case:
@@ -255,37 +318,68 @@ def resampling(from_side: int, to_side: int, mode: str, device: torch.device) ->
     return F.interpolate(units, size=(to_side, to_side), mode=mode)[:, 0, :, 0].T.contiguous()
 
 
-def groupnorm_silu(*, B: int, side: int, C: int, dtype: torch.dtype) -> Case:
+def groupnorm_silu(*, B: int, side: int, C: int, dtype: torch.dtype, variant: str = "") -> Case:
+    """`variant`: empty, or "sum", which first adds a branch and a bias in the memory of x."""
+
     def build(new: Inputs) -> Setup:
         x_BlC, out_BlC = new.normal(B, side**2, C, dtype=dtype), new.unwritten(B, side**2, C, dtype=dtype)
         weight_C, bias_C = 1 + 0.1 * new.normal(C), new.normal(C)
+        arguments: tuple[Tensor, ...] = (_map(x_BlC), weight_C.to(dtype), bias_C.to(dtype))
+        added: dict[str, Tensor] = {}
+        if variant == "sum":
+            branch_BlC, conv_bias_C = new.normal(B, side**2, C, dtype=dtype), new.normal(C, dtype=dtype)
+            added = {"branch_BlC": branch_BlC, "conv_bias_C": conv_bias_C, "sum_out_BlC": x_BlC}
+            arguments += (_map(branch_BlC), conv_bias_C.view(C, 1, 1))
 
         def ours(op: Callable[..., Any]) -> Results:
-            return (op(x_BlC, weight_C, bias_C, silu=True, out_BlC=out_BlC),)
+            op(x_BlC, weight_C, bias_C, silu=True, **added, out_BlC=out_BlC)
+            return (out_BlC, x_BlC) if added else (out_BlC,)
 
         def comparable(results: Results) -> Results:
             return tuple(y.flatten(2).transpose(1, 2) if y.ndim == 4 else y for y in results)
 
-        x_BChh = x_BlC.view(B, side, side, C).permute(0, 3, 1, 2)  # channels-last in memory
-        arguments = (x_BChh, weight_C.to(dtype), bias_C.to(dtype))
         return Setup(ours=ours, eager=eager.groupnorm_silu, arguments=arguments, comparable=comparable)
 
-    traffic = 2 * dtype.itemsize * B * side**2 * C + 2 * 4 * C
+    maps, vectors = (4, 2 * 4 + dtype.itemsize) if variant == "sum" else (2, 2 * 4)
+    traffic = maps * dtype.itemsize * B * side**2 * C + vectors * C
     shape = {"B": B, "side": side, "C": C}
-    return Case(operation="groupnorm_silu", shape=shape, dtype=dtype, bytes=traffic, build=build)
+    return Case(operation="groupnorm_silu", variant=variant, shape=shape, dtype=dtype, bytes=traffic, build=build)
+
+
+def upsample_sum(*, B: int, side: int, C: int, dtype: torch.dtype) -> Case:
+    def build(new: Inputs) -> Setup:
+        x_BhwC, branch_BhwC = (new.normal(B, side, side, C, dtype=dtype) for _ in range(2))
+        conv_bias_C, out_BHWC = new.normal(C, dtype=dtype), new.unwritten(B, 2 * side, 2 * side, C, dtype=dtype)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(x_BhwC, branch_BhwC=branch_BhwC, conv_bias_C=conv_bias_C, out_BHWC=out_BHWC)
+            return (out_BHWC.permute(0, 3, 1, 2),)
+
+        arguments = (x_BhwC.permute(0, 3, 1, 2), branch_BhwC.permute(0, 3, 1, 2), conv_bias_C.view(C, 1, 1))
+        return Setup(ours=ours, eager=eager.upsample_sum, arguments=arguments)
+
+    traffic = dtype.itemsize * (6 * B * side**2 * C + C)
+    shape = {"B": B, "side": side, "C": C}
+    return Case(operation="upsample_sum", shape=shape, dtype=dtype, bytes=traffic, build=build)
+
+
+def _map(x_BlC: Tensor) -> Tensor:
+    """As a square map, channels-last in memory."""
+    side = math.isqrt(x_BlC.shape[1])
+    return x_BlC.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
 
 def to_pixels(*, B: int, side: int, dtype: torch.dtype) -> Case:
     def build(new: Inputs) -> Setup:
-        x_Bl3 = new.normal(B, side**2, 3, dtype=dtype)
+        x_Bl3, bias_3 = new.normal(B, side**2, 3, dtype=dtype), new.normal(3, dtype=dtype)
         pixels, image = new.unwritten(B, 3, side, side), new.unwritten(B, side, side, 3, dtype=torch.uint8)
 
         def ours(op: Callable[..., Any]) -> Results:
-            op(x_Bl3, pixels_out_B3RR=pixels, bytes_out_BRR3=image)
+            op(x_Bl3, bias_3, pixels_out_B3RR=pixels, bytes_out_BRR3=image)
             return pixels, image
 
-        return Setup(ours=ours, eager=eager.to_pixels, arguments=(x_Bl3, side))
+        return Setup(ours=ours, eager=eager.to_pixels, arguments=(x_Bl3, bias_3, side))
 
-    traffic = B * side**2 * 3 * (dtype.itemsize + 4 + 1)
+    traffic = B * side**2 * 3 * (dtype.itemsize + 4 + 1) + 3 * dtype.itemsize
     shape = {"B": B, "side": side}
     return Case(operation="to_pixels", shape=shape, dtype=dtype, bytes=traffic, build=build)

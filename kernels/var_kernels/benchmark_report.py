@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -15,7 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import benchmark_gpu
 from .benchmark_setup import WrongResultError
+from .result_file import replace_file
 from .timing import Ceilings, Timing
 
 T = TypeVar("T")
@@ -48,6 +51,7 @@ class Row:
     flops: int
     floor_seconds: float
     providers: dict[str, Measured]
+    clocks: dict[str, int | None]  #: in MHz, right after the last call
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,12 +71,13 @@ class Report:
         """
         try:
             return action()
-        except torch.OutOfMemoryError:
-            self.left_out.append(f"{what}: out of memory")
         except WrongResultError as error:
             self.failures.append(f"{what}: {error}")
         except Exception as error:  # whatever a provider raises, the others can go on
             first_line = (str(error).strip().splitlines() or [""])[0]
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in first_line:  # of the driver, of Triton
+                self.left_out.append(f"{what}: out of memory")
+                return None
             self.failures.append(f"{what}: {type(error).__name__}: {first_line}")
             if isinstance(error, torch.AcceleratorError):
                 raise
@@ -84,10 +89,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Replaces the file by one step, so that it is whole whenever the run is cut short."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.part")
-        beside.write_text(json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        replace_file(path, json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
 
 
 class BenchmarkError(Exception):
@@ -99,12 +101,13 @@ class BenchmarkError(Exception):
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device and versions."""
+    """Device, its limits, and versions; None where it cannot be read."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
     found: dict[str, Any] = {"device": device.type, "torch": torch.__version__, "triton": triton}
+    found |= {"python": platform.python_version(), **benchmark_gpu.limits(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -116,6 +119,11 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
+
+
+def slug(name: str) -> str:
+    """A GPU's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def print_report(report: Report, console: Console) -> None:

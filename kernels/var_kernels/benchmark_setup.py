@@ -25,6 +25,9 @@ MISMATCHES = 0.005  # share of integers that may differ: a number on the border 
 
 GUIDANCE, TOP_K, TOP_P = 1.5, 900, 0.96  # of every draw
 
+EAGER, COMPILE, LIBRARY = "eager", "compile", "library epilogue"
+PROVIDERS = (EAGER, COMPILE, LIBRARY)  # beside the kernels
+
 
 class Inputs:
     """Draws a case's tensors on a device; the same seed gives the same ones."""
@@ -35,26 +38,31 @@ class Inputs:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
-        return self._counted(torch.randn(shape, generator=self._generator, device=self.device).to(dtype))
+        return self.counted(torch.randn(shape, generator=self._generator, device=self.device).to(dtype))
 
     def uniform(self, *shape: int) -> Tensor:
         drawn = torch.rand(shape, generator=self._generator, device=self.device, dtype=torch.float64)
-        return self._counted(drawn)
+        return self.counted(drawn)
 
     def integers(self, *shape: int) -> Tensor:
         """Weights in 8 bits."""
         options: dict[str, Any] = {"generator": self._generator, "device": self.device, "dtype": torch.int8}
-        return self._counted(torch.randint(-127, 128, shape, **options))
+        return self.counted(torch.randint(-127, 128, shape, **options))
+
+    def seeds(self, count: int) -> Tensor:
+        options: dict[str, Any] = {"generator": self._generator, "device": self.device, "dtype": torch.int64}
+        return self.counted(torch.randint(0, 2**63 - 1, (count,), **options))
 
     def unwritten(self, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
         """An output: NaN, or for integers a number that no result has in all its places."""
         poison = math.nan if dtype.is_floating_point else 77
-        return self._counted(torch.full(shape, poison, device=self.device, dtype=FP32).to(dtype))
+        return self.counted(torch.full(shape, poison, device=self.device, dtype=FP32).to(dtype))
 
     def full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype = FP32) -> Tensor:
         return torch.full(shape, value, device=self.device, dtype=dtype)
 
-    def _counted(self, tensor: Tensor) -> Tensor:
+    def counted(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor to the bytes."""
         self.allocated += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -86,8 +94,13 @@ class Case:
     @property
     def name(self) -> str:
         """`linear gelu M=512 K=1024 N=4096`."""
-        sizes = " ".join(f"{axis}={size}" for axis, size in self.shape.items())
-        return " ".join(part for part in (self.operation, self.variant, sizes) if part)
+        return row_name(self.operation, self.variant, self.shape)
+
+
+def row_name(operation: str, variant: str, shape: dict[str, int]) -> str:
+    """Of a case, and of the row that was measured of it."""
+    sizes = " ".join(f"{axis}={size}" for axis, size in shape.items())
+    return " ".join(part for part in (operation, variant, sizes) if part)
 
 
 class WrongResultError(Exception):
@@ -98,7 +111,6 @@ def check(case: Case, got: Results, expected: Results) -> float:
     """Largest relative error in norm over the results. Raises WrongResultError."""
     if len(got) != len(expected):
         raise WrongResultError(f"{len(got)} results, expected {len(expected)}")
-    norm_limit, peak_limit = case.tolerance or TOLERANCE[case.dtype]
     largest = 0.0
     for i, (mine, right) in enumerate(zip(got, expected, strict=True)):
         if mine.numel() != right.numel():
@@ -113,6 +125,7 @@ def check(case: Case, got: Results, expected: Results) -> float:
                     f"result {i}: {differing:.2%} differ from the reference, at most {MISMATCHES:.1%} may"
                 )
             continue
+        norm_limit, peak_limit = case.tolerance or TOLERANCE[case.dtype]
         difference, scale = mine.float() - right.float(), right.float()
         norm = (difference.norm() / scale.norm().clamp_min(1e-30)).item()
         peak = (difference.abs().amax() / scale.abs().amax().clamp_min(1e-30)).item()

@@ -1,10 +1,11 @@
-"""GroupNorm over 32 groups, then optionally x·sigmoid(x), on channels-last maps; see `reference.groupnorm_silu`.
+"""GroupNorm over 32 groups of a sum, then optionally y·sigmoid(y), channels-last; see `reference.groupnorm_silu`.
 
-    y = (x − mean_g)·rstd_g·weight_c + bias_c;   out = y·sigmoid(y)
+    s = x + branch + conv_bias_c;   y = (s − mean_g)·rstd_g·weight_c + bias_c;   out = y·sigmoid(y)
 
-Bound by memory: x is read twice and out written once. The first launch leaves mean and M2 (the sum of squared
+Bound by memory: without a branch x is read twice and out written once; with one, x and branch are read once, the sum
+is written and read again, out is written. The first launch leaves the sum, and mean and M2 (the sum of squared
 deviations from it) of every group in every chunk of cells; the second combines an image's chunks and normalises.
-Nothing is computed as E[x²] − E[x]², which cancels where the mean is large. How an image is cut depends on its shape
+Nothing is computed as E[s²] − E[s]², which cancels where the mean is large. How an image is cut depends on its shape
 alone, so its result does not depend on the batch it is in.
 """
 
@@ -23,13 +24,29 @@ MAX_CHUNKS = 128  # per image: one for about every multiprocessor, few enough th
 STAGES = 4  # tiles in flight while the statistics are read: one program per multiprocessor must hide the latency
 
 
-def groupnorm_silu(x_BlC: Tensor, weight_C: Tensor, bias_C: Tensor, *, silu: bool, out_BlC: Tensor) -> Tensor:
-    """See `reference.groupnorm_silu`. C is a multiple of 32; `out_BlC` may be `x_BlC`."""
+def groupnorm_silu(
+    x_BlC: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    *,
+    silu: bool,
+    branch_BlC: Tensor | None = None,
+    conv_bias_C: Tensor | None = None,
+    sum_out_BlC: Tensor | None = None,
+    out_BlC: Tensor,
+) -> Tensor:
+    """See `reference.groupnorm_silu`. C is a multiple of 32; outputs may be each other's or an input map's memory."""
     B, cells, C = x_BlC.shape
-    require_contiguous(x_BlC=x_BlC, weight_C=weight_C, bias_C=bias_C, out_BlC=out_BlC)
-    require_shape("weight_C", weight_C, C)
-    require_shape("bias_C", bias_C, C)
-    require_shape("out_BlC", out_BlC, B, cells, C)
+    require_contiguous(x_BlC=x_BlC, branch_BlC=branch_BlC, sum_out_BlC=sum_out_BlC, out_BlC=out_BlC)
+    require_contiguous(weight_C=weight_C, bias_C=bias_C, conv_bias_C=conv_bias_C)
+    if branch_BlC is not None and sum_out_BlC is None:
+        raise ValueError("sum_out_BlC: None, expected a place for the sum with branch_BlC")
+    for name, map_BlC in (("branch_BlC", branch_BlC), ("sum_out_BlC", sum_out_BlC), ("out_BlC", out_BlC)):
+        if map_BlC is not None:
+            require_shape(name, map_BlC, B, cells, C)
+    for name, vector_C in (("weight_C", weight_C), ("bias_C", bias_C), ("conv_bias_C", conv_bias_C)):
+        if vector_C is not None:
+            require_shape(name, vector_C, C)
     require_dtype("weight_C", weight_C, torch.float32)
     require_dtype("bias_C", bias_C, torch.float32)
     if C % GROUPS:
@@ -45,15 +62,33 @@ def groupnorm_silu(x_BlC: Tensor, weight_C: Tensor, bias_C: Tensor, *, silu: boo
     launch(
         _statistics_kernel,
         (chunks, B),
-        {"x_ptr": x_BlC, "statistics_ptr": statistics_2BKG, "cells": cells, "chunk_cells": chunk_cells},
-        {**shape, "BLOCK_W": next_power_of_2(C // GROUPS), "STAGES": STAGES},
+        {
+            "x_ptr": x_BlC,
+            "branch_ptr": branch_BlC,
+            "conv_bias_ptr": conv_bias_C,
+            "sum_ptr": sum_out_BlC,
+            "statistics_ptr": statistics_2BKG,
+            "cells": cells,
+            "chunk_cells": chunk_cells,
+        },
+        {
+            **shape,
+            "HAS_BRANCH": branch_BlC is not None,
+            "HAS_CONV_BIAS": conv_bias_C is not None,
+            "KEEP_SUM": sum_out_BlC is not None,
+            "BLOCK_W": next_power_of_2(C // GROUPS),
+            "STAGES": STAGES,
+        },
         num_warps=16,
     )
+    if sum_out_BlC is not None:  # the second launch reads the sum; without a place for it, it adds the bias again
+        x_BlC, conv_bias_C = sum_out_BlC, None
     launch(
         _apply_kernel,
         (cdiv(cells, part_cells), B),
         {
             "x_ptr": x_BlC,
+            "conv_bias_ptr": conv_bias_C,
             "statistics_ptr": statistics_2BKG,
             "weight_ptr": weight_C,
             "bias_ptr": bias_C,
@@ -63,7 +98,13 @@ def groupnorm_silu(x_BlC: Tensor, weight_C: Tensor, bias_C: Tensor, *, silu: boo
             "part_cells": part_cells,
             "chunks": chunks,
         },
-        {**shape, "BLOCK_K": next_power_of_2(chunks), "SILU": silu, "EPS": NORM_EPS},
+        {
+            **shape,
+            "HAS_CONV_BIAS": conv_bias_C is not None,
+            "BLOCK_K": next_power_of_2(chunks),
+            "SILU": silu,
+            "EPS": NORM_EPS,
+        },
         num_warps=8,
     )
     return out_BlC
@@ -84,6 +125,9 @@ def _combine(mean, m2, count, total):
 @triton.jit
 def _statistics_kernel(
     x_ptr,  # [B, cells, C]
+    branch_ptr,  # [B, cells, C]
+    conv_bias_ptr,  # [C]
+    sum_ptr,  # [B, cells, C]
     statistics_ptr,  # float32 [2, B, chunks, GROUPS]: mean, M2
     cells,
     chunk_cells,  # cells of a chunk; the last may have fewer
@@ -91,14 +135,24 @@ def _statistics_kernel(
     GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILE_CELLS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
+    KEEP_SUM: tl.constexpr,
     BLOCK_W: tl.constexpr,  # power of two, at least the C / GROUPS channels of a group
     STAGES: tl.constexpr,
 ):
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     inside = tl.minimum(cells - chunk * chunk_cells, chunk_cells)  # cells of this chunk
-    chunk_ptr = x_ptr + (image * cells + chunk * chunk_cells) * C
+    begin = (image * cells + chunk * chunk_cells) * C
+    x_ptr += begin
+    if HAS_BRANCH:
+        branch_ptr += begin
+    if KEEP_SUM:
+        sum_ptr += begin
     row, channel = tl.arange(0, TILE_CELLS), tl.arange(0, BLOCK_C)
     offset = row[:, None] * C + channel[None, :]
+    if HAS_CONV_BIAS:
+        conv_bias = tl.load(conv_bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
 
     # Every place of the tile keeps its own mean and M2 over the tiles (Chan's formula for one more value), so that the
     # loop needs no exchange between threads.
@@ -107,7 +161,15 @@ def _statistics_kernel(
     for tile in tl.range(0, tl.cdiv(inside, TILE_CELLS), num_stages=STAGES):
         first = tile * TILE_CELLS
         here = (row + first < inside)[:, None] & (channel < C)[None, :]
-        x = tl.load(chunk_ptr + first * C + offset, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + first * C + offset, mask=here, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            x += tl.load(branch_ptr + first * C + offset, mask=here, other=0.0).to(tl.float32)
+        if HAS_CONV_BIAS:
+            x += conv_bias[None, :]
+        if KEEP_SUM:
+            rounded = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + first * C + offset, rounded, mask=here)
+            x = rounded.to(tl.float32)  # the second launch reads no other
         difference = tl.where(here, x - mean, 0.0)
         mean += difference / (tile + 1.0)
         m2 += difference * (x - mean)
@@ -134,6 +196,7 @@ def _statistics_kernel(
 @triton.jit
 def _apply_kernel(
     x_ptr,  # [B, cells, C]
+    conv_bias_ptr,  # [C]
     statistics_ptr,  # float32 [2, B, chunks, GROUPS]: mean, M2
     weight_ptr,  # float32 [C]
     bias_ptr,  # float32 [C]
@@ -146,6 +209,7 @@ def _apply_kernel(
     GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILE_CELLS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,  # power of two, at least chunks
     SILU: tl.constexpr,
     EPS: tl.constexpr,
@@ -167,6 +231,8 @@ def _apply_kernel(
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0)
     # The mean is taken off x before the product: folded into the bias it would cost digits where it is large.
     mean, scale = tl.gather(mean, belongs_to, axis=0), tl.gather(rstd, belongs_to, axis=0) * weight
+    if HAS_CONV_BIAS:  # x + conv_bias − mean, with one vector to hold instead of two
+        mean -= tl.load(conv_bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     end = tl.minimum((part + 1) * part_cells, cells)
     offset = row[:, None] * C + channel[None, :]
     for first in range(part * part_cells, end, TILE_CELLS):

@@ -28,6 +28,7 @@ class Ops:
     quantize_rows: Callable[..., None]
     to_pixels: Callable[..., None]
     uniforms: Callable[..., Tensor]
+    upsample_sum: Callable[..., Tensor]
 
 
 #: Names of the operations, in the order of the table.

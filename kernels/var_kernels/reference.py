@@ -178,7 +178,7 @@ def draw(
     codes_out_BnC.copy_(codebook_VC[tokens_Bn])
     if smooth_weights_out_BnV is not None:
         assert seeds_B is not None
-        scores_BnV = (logits_BnV * (1 + ratio) + _gumbels(seeds_B, begin, n, V)) / smooth_temperature(ratio)
+        scores_BnV = (logits_BnV * (1 + ratio) + gumbels(seeds_B, begin, n, V)) / smooth_temperature(ratio)
         smooth_weights_out_BnV.copy_(scores_BnV.masked_fill(~kept_BnV, -math.inf).softmax(-1))
 
 
@@ -187,7 +187,7 @@ def smooth_temperature(ratio: float) -> float:
     return max(0.27 * (1 - 0.95 * ratio), 0.005)
 
 
-def _gumbels(seeds_B: Tensor, begin: int, n: int, V: int) -> Tensor:
+def gumbels(seeds_B: Tensor, begin: int, n: int, V: int) -> Tensor:
     """Standard Gumbel noise float32 [B, n, V] from Philox4x32-10 (Salmon et al., SC 2011)."""
     groups = torch.arange(-(-V // 4), device=seeds_B.device)
     positions = torch.arange(begin, begin + n, device=seeds_B.device).view(-1, 1)
@@ -272,20 +272,51 @@ def groupnorm_silu(
     bias_C: Tensor,  # float32
     *,
     silu: bool,  # the norm before an attention block has none
+    branch_BlC: Tensor | None = None,  # what a residual branch adds; needs `sum_out_BlC`
+    conv_bias_C: Tensor | None = None,  # any floating type: the bias that the convolution before left out
+    sum_out_BlC: Tensor | None = None,
     out_BlC: Tensor,
 ) -> Tensor:
-    """GroupNorm over 32 groups, eps 1e-6, then x·sigmoid(x); returns `out_BlC`."""
-    normed_BCl = F.group_norm(x_BlC.float().transpose(1, 2), GROUPS, weight_C, bias_C, eps=NORM_EPS)
+    """GroupNorm of x + branch + conv_bias over 32 groups, eps 1e-6, then y·sigmoid(y); returns `out_BlC`.
+
+    Where the sum has a place to go, what is normalised is the sum as rounded there. Each output may be the memory of
+    `x_BlC` or `branch_BlC`, or both the same.
+    """
+    sum_BlC = _sum(x_BlC, branch_BlC, conv_bias_C)
+    if sum_out_BlC is not None:
+        sum_BlC = sum_out_BlC.copy_(sum_BlC).float()
+    normed_BCl = F.group_norm(sum_BlC.transpose(1, 2), GROUPS, weight_C, bias_C, eps=NORM_EPS)
     return out_BlC.copy_((F.silu(normed_BCl) if silu else normed_BCl).transpose(1, 2))
+
+
+def upsample_sum(
+    x_BhwC: Tensor,  # channels-last
+    *,
+    branch_BhwC: Tensor | None = None,  # what a residual branch adds
+    conv_bias_C: Tensor | None = None,  # any floating type: the bias that the convolution before left out
+    out_BHWC: Tensor,  # H = 2h, W = 2w
+) -> Tensor:
+    """x + branch + conv_bias with every cell repeated 2×2: nearest-neighbour enlargement; returns `out_BHWC`."""
+    sum_BhwC = _sum(x_BhwC, branch_BhwC, conv_bias_C)
+    return out_BHWC.copy_(sum_BhwC.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+def _sum(x: Tensor, branch: Tensor | None, conv_bias_C: Tensor | None) -> Tensor:
+    """In float32; what is None counts as 0."""
+    total = x.float()
+    if branch is not None:
+        total = total + branch.float()
+    return total if conv_bias_C is None else total + conv_bias_C.float()
 
 
 def to_pixels(
     x_Bl3: Tensor,  # channels-last, l = R² pixels in [−1, 1], not yet clamped
+    bias_3: Tensor,  # any floating type: that of the last convolution, which left it out
     *,
     pixels_out_B3RR: Tensor,  # float32 in [0, 1]
     bytes_out_BRR3: Tensor,  # uint8, rounded to nearest
 ) -> None:
-    """(x + 1)/2 clamped to [0, 1]: as floats in planes, and as 8-bit RGB."""
-    unit_Bl3 = (x_Bl3.float() * 0.5 + 0.5).clamp(0, 1)
+    """(x + bias + 1)/2 clamped to [0, 1]: as floats in planes, and as 8-bit RGB."""
+    unit_Bl3 = ((x_Bl3.float() + bias_3.float()) * 0.5 + 0.5).clamp(0, 1)
     pixels_out_B3RR.copy_(unit_Bl3.transpose(1, 2).view(pixels_out_B3RR.shape))
     bytes_out_BRR3.copy_((unit_Bl3 * 255).round().view(bytes_out_BRR3.shape))

@@ -15,26 +15,21 @@ import torch
 from torch import Tensor
 
 from .reference import HEAD_DIM
+from .sizes import PLAIN_SCALE, SCALES, SCALES_256, SCALES_512, WIDTH, C, V, positions
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: Triton's names of what a pointer points to.
 POINTERS = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.float64: "fp64", torch.float8_e4m3fn: "fp8e4nv"}
 POINTERS |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
-V, C = 4096, 32  # codebook
-WIDTH = {"d16": 1024, "d30": 1920, "d36-s": 2304}
-SCALES = {"256 px": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), "512 px": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+MAPS = ((16, 640), (32, 640), (32, 320), (64, 320), (128, 320), (128, 160), (256, 160), (512, 160))  # side, channels
 LAYERS = ("qkv", "fc1", "fc2", "head")
 Arguments = dict[str, Any]
 
 
-def _scales(model: str) -> tuple[int, ...]:
-    return SCALES["512 px" if model == "d36-s" else "256 px"]
-
-
 def _begin(scales: tuple[int, ...], side: int) -> int:
-    """Positions of the scales before the one of this side; side 99: of all."""
-    return sum(p * p for p in scales if p < side)
+    """Positions of the scales before the one of this side."""
+    return positions(scales[: scales.index(side)])
 
 
 def _t(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -49,16 +44,16 @@ def _adaln(model: str, side: int, dtype: torch.dtype, *, branch: bool = True) ->
 
 
 def _cached_attention(model: str, side: int, dtype: torch.dtype, *, R: int = 2, unit: bool = True) -> Arguments:
-    n, D, scales = side**2, WIDTH[model], _scales(model)
-    cache_k, cache_v = (_t(R, D // HEAD_DIM, _begin(scales, 99), HEAD_DIM, dtype=dtype) for _ in range(2))
-    scaling = {"q_scale_H": _t(D // HEAD_DIM) if unit else None, "softmax_scale": 1.0 if unit else 0.25 / HEAD_DIM**0.5}
+    n, D, scales = side**2, WIDTH[model], SCALES[model]
+    cache_k, cache_v = (_t(R, D // HEAD_DIM, positions(scales), HEAD_DIM, dtype=dtype) for _ in range(2))
+    scaling = {"q_scale_H": _t(D // HEAD_DIM) if unit else None, "softmax_scale": 1.0 if unit else PLAIN_SCALE}
     state = {"cache_k_RHLd": cache_k, "cache_v_RHLd": cache_v, "begin": _begin(scales, side)}
     return {"qkv_MN": _t(R * n, 3 * D, dtype=dtype), **scaling, **state, "out_MD": _t(R * n, D, dtype=dtype)}
 
 
 def _draw(side: int, *, guided: bool = True, smooth: bool = False) -> Arguments:
-    B, n, scales = 2, side**2, SCALES["512 px" if side > 16 else "256 px"]
-    begin, L = _begin(scales, side), _begin(scales, 99)
+    B, n, scales = 2, side**2, SCALES_512 if side > 16 else SCALES_256
+    begin, L = _begin(scales, side), positions(scales)
     i32, i64, f64 = torch.int32, torch.int64, torch.float64
     settings = {name: _t(B) for name in ("strength_B", "temperature_B", "top_p_B")}
     smoothing = {"smooth_weights_out_BnV": _t(B, n, V), "seeds_B": _t(B, dtype=i64), "ratio": 0.5}
@@ -77,9 +72,20 @@ def _draw(side: int, *, guided: bool = True, smooth: bool = False) -> Arguments:
     }
 
 
-def _groupnorm_silu(side: int, dtype: torch.dtype, *, C: int, silu: bool = True) -> Arguments:
-    x_BlC = _t(1, side**2, C, dtype=dtype)
-    return {"x_BlC": x_BlC, "weight_C": _t(C), "bias_C": _t(C), "silu": silu, "out_BlC": x_BlC}
+def _groupnorm_silu(
+    side: int,
+    dtype: torch.dtype,
+    *,
+    C: int,
+    silu: bool = True,
+    branch: bool = False,
+    bias: bool = False,
+    keep: bool = False,
+) -> Arguments:
+    x_BlC, branch_BlC, out_BlC = (_t(1, side**2, C, dtype=dtype) for _ in range(3))
+    added = {"branch_BlC": branch_BlC if branch else None, "conv_bias_C": _t(C, dtype=dtype) if bias else None}
+    outputs = {"sum_out_BlC": x_BlC if branch or keep else None, "out_BlC": out_BlC}
+    return {"x_BlC": x_BlC, "weight_C": _t(C), "bias_C": _t(C), "silu": silu, **added, **outputs}
 
 
 def _linear(
@@ -94,7 +100,7 @@ def _linear(
 
 
 def _next_scale(model: str, side: int) -> Arguments:
-    D, scales, p = WIDTH[model], _scales(model), side
+    D, scales, p = WIDTH[model], SCALES[model], side
     h = scales[-1]
     maps = {"codes_BnC": _t(1, p * p, C), "f_hat_BlC": _t(1, h * h, C), "f_hat_out_BlC": _t(1, h * h, C)}
     first = {**maps, "phi_weight_9CC": _t(9, C, C), "phi_bias_C": _t(C), "cell_taps_3hp": _t(3, h, p)}
@@ -112,11 +118,17 @@ def _quantize_rows(model: str, side: int, dtype: torch.dtype, *, layer: str = "q
 
 def _to_pixels(side: int, dtype: torch.dtype) -> Arguments:
     out = {"pixels_out_B3RR": _t(2, 3, side, side), "bytes_out_BRR3": _t(2, side, side, 3, dtype=torch.uint8)}
-    return {"x_Bl3": _t(2, side**2, 3, dtype=dtype), **out}
+    return {"x_Bl3": _t(2, side**2, 3, dtype=dtype), "bias_3": _t(3, dtype=dtype), **out}
 
 
 def _uniforms(model: str) -> Arguments:
-    return {"seeds_B": _t(2, dtype=torch.int64), "out_BL": _t(2, _begin(_scales(model), 99), dtype=torch.float64)}
+    return {"seeds_B": _t(2, dtype=torch.int64), "out_BL": _t(2, positions(SCALES[model]), dtype=torch.float64)}
+
+
+def _upsample_sum(side: int, dtype: torch.dtype, *, C: int, bias: bool = True) -> Arguments:
+    maps = {name: _t(1, side, side, C, dtype=dtype) for name in ("x_BhwC", "branch_BhwC")}
+    conv_bias_C, out_BHWC = _t(C, dtype=dtype) if bias else None, _t(1, 2 * side, 2 * side, C, dtype=dtype)
+    return {**maps, "conv_bias_C": conv_bias_C, "out_BHWC": out_BHWC}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +162,16 @@ CASES = (
     *(_case(_draw, side, quick=side == 16) for side in (1, 6, 16, 32)),
     _case(_draw, 16, guided=False, quick=True),
     _case(_draw, 16, smooth=True, quick=True),
-    *(_case(_groupnorm_silu, side, BF16, C=640) for side in (16, 32)),
-    *(_case(_groupnorm_silu, side, BF16, C=320) for side in (32, 64, 128)),
-    *(_case(_groupnorm_silu, side, BF16, C=160) for side in (128, 256, 512)),
-    *(_case(_groupnorm_silu, 16, FP32, C=C) for C in (32, 64, 640)),
-    *(_case(_groupnorm_silu, 256, dtype, C=160, quick=True) for dtype in (FP16, FP32)),
-    _case(_groupnorm_silu, 16, BF16, C=640, silu=False, quick=True),
+    # As they follow each other in a decoder: after a residual block, inside one, after enlarging, after attention.
+    *(_case(_groupnorm_silu, side, BF16, C=C, branch=True, bias=True) for side, C in MAPS),
+    *(_case(_groupnorm_silu, side, BF16, C=C, bias=True, quick=side == 256) for side, C in MAPS),
+    *(_case(_groupnorm_silu, side, BF16, C=C, bias=True, keep=True) for side, C in MAPS if side > 16),
+    _case(_groupnorm_silu, 16, BF16, C=640, branch=True, quick=True),
+    _case(_groupnorm_silu, 16, BF16, C=640, silu=False, branch=True, bias=True, quick=True),
+    *(_case(_groupnorm_silu, 16, FP32, C=C, branch=True, bias=True) for C in (32, 64, 640)),
+    *(_case(_groupnorm_silu, 256, dtype, C=160, bias=True, keep=True, quick=True) for dtype in (FP16, FP32)),
+    *(_case(_groupnorm_silu, 256, dtype, C=160, branch=True, bias=True, quick=True) for dtype in (FP16, FP32)),
+    *(_case(_groupnorm_silu, 256, dtype, C=160) for dtype in (BF16, FP32)),
     *(_case(_linear, "d16", side, BF16, layer=layer) for side in (1, 6, 16) for layer in LAYERS),
     *(_case(_linear, "d30", side, BF16, layer=layer) for side in (1, 16) for layer in LAYERS),
     *(_case(_linear, "d36-s", 32, BF16, layer=layer) for layer in LAYERS),
@@ -172,4 +188,7 @@ CASES = (
     *(_case(_to_pixels, 256, dtype, quick=True) for dtype in (BF16, FP16, FP32)),
     _case(_to_pixels, 512, BF16),
     *(_case(_uniforms, model, quick=model == "d16") for model in WIDTH),
+    *(_case(_upsample_sum, side, BF16, C=C) for side, C in ((16, 640), (32, 320), (64, 320), (256, 160))),
+    *(_case(_upsample_sum, 128, dtype, C=160, quick=True) for dtype in (BF16, FP16, FP32)),
+    _case(_upsample_sum, 16, BF16, C=640, bias=False, quick=True),
 )

@@ -33,6 +33,7 @@ from torch import Tensor
 from .launch import OPTIONS, Launch, recording
 from .ops import OPERATIONS
 from .resource_cases import CASES, POINTERS
+from .result_file import refuse_unwritable, replace_file
 
 #: Compute capability → bytes of shared memory that a block may use.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -207,6 +208,7 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = min(os.cpu_count() or 1, 8),
 ) -> None:
     """Compile every kernel for every capability and print what it takes."""
+    refuse_unwritable(json_file, markdown)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("TRITON_INTERPRET is set, so no kernel can be compiled; unset it", file=sys.stderr)
         raise typer.Exit(2)
@@ -231,10 +233,10 @@ def main(
     Console().print(shown)
     if markdown is not None:
         lines = (TITLES, ["---"] * len(TITLES), *table)
-        markdown.write_text(_heading(violations) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+        replace_file(markdown, _heading(violations) + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
     if json_file is not None:
         report = {"triton": version("triton"), "rows": [asdict(row) for row in rows], "violations": violations}
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        replace_file(json_file, json.dumps(report, indent=1) + "\n")
     for line in violations:
         print(line, file=sys.stderr)
     raise typer.Exit(1 if violations else 0)

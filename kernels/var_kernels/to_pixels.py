@@ -1,6 +1,6 @@
 """The decoder's output as pixels: float planes and 8-bit RGB in one pass; see `reference.to_pixels`.
 
-    pixel = clamp((x + 1)/2, 0, 1);   byte = pixel·255, rounded to nearest, halves to even
+    pixel = clamp((x + bias_c + 1)/2, 0, 1);   byte = pixel·255, rounded to nearest, halves to even
 
 Bound by memory: x is read once, both results are written once. One program per run of pixels of an image.
 """
@@ -17,11 +17,12 @@ from .launch import cdiv, launch, require_contiguous, require_dtype, require_sha
 BLOCK = 512  # pixels of a program: four neighbours per thread, one 16-byte store to a plane
 
 
-def to_pixels(x_Bl3: Tensor, *, pixels_out_B3RR: Tensor, bytes_out_BRR3: Tensor) -> None:
+def to_pixels(x_Bl3: Tensor, bias_3: Tensor, *, pixels_out_B3RR: Tensor, bytes_out_BRR3: Tensor) -> None:
     """See `reference.to_pixels`. A pixel that is NaN becomes 0."""
     B, pixels, R = x_Bl3.shape[0], x_Bl3.shape[1], pixels_out_B3RR.shape[-1]
-    require_contiguous(x_Bl3=x_Bl3, pixels_out_B3RR=pixels_out_B3RR, bytes_out_BRR3=bytes_out_BRR3)
+    require_contiguous(x_Bl3=x_Bl3, bias_3=bias_3, pixels_out_B3RR=pixels_out_B3RR, bytes_out_BRR3=bytes_out_BRR3)
     require_shape("x_Bl3", x_Bl3, B, R * R, 3)
+    require_shape("bias_3", bias_3, 3)
     require_shape("pixels_out_B3RR", pixels_out_B3RR, B, 3, R, R)
     require_shape("bytes_out_BRR3", bytes_out_BRR3, B, R, R, 3)
     require_dtype("pixels_out_B3RR", pixels_out_B3RR, torch.float32)
@@ -29,7 +30,13 @@ def to_pixels(x_Bl3: Tensor, *, pixels_out_B3RR: Tensor, bytes_out_BRR3: Tensor)
     launch(
         _to_pixels_kernel,
         (cdiv(pixels, BLOCK), B),
-        {"x_ptr": x_Bl3, "pixels_ptr": pixels_out_B3RR, "bytes_ptr": bytes_out_BRR3, "pixels": pixels},
+        {
+            "x_ptr": x_Bl3,
+            "bias_ptr": bias_3,
+            "pixels_ptr": pixels_out_B3RR,
+            "bytes_ptr": bytes_out_BRR3,
+            "pixels": pixels,
+        },
         {"BLOCK": BLOCK},
     )
 
@@ -37,6 +44,7 @@ def to_pixels(x_Bl3: Tensor, *, pixels_out_B3RR: Tensor, bytes_out_BRR3: Tensor)
 @triton.jit
 def _to_pixels_kernel(
     x_ptr,  # [B, pixels, 3]
+    bias_ptr,  # [3]
     pixels_ptr,  # float32 [B, 3, pixels]
     bytes_ptr,  # uint8 [B, pixels, 3]
     pixels,
@@ -48,7 +56,7 @@ def _to_pixels_kernel(
     first = image * pixels * 3
     for channel in tl.static_range(3):
         x = tl.load(x_ptr + first + pixel * 3 + channel, mask=inside, other=0.0).to(tl.float32)
-        unit = x * 0.5 + 0.5
+        unit = (x + tl.load(bias_ptr + channel).to(tl.float32)) * 0.5 + 0.5
         unit = tl.minimum(tl.where(unit > 0, unit, 0.0), 1.0)  # a comparison with NaN is false, so NaN becomes 0
         tl.store(pixels_ptr + first + channel * pixels + pixel, unit, mask=inside)
         # Adding 2²³ leaves no bits for a fraction, so the addition itself rounds, halves to even. What is rounded must

@@ -235,6 +235,33 @@ def test_the_torch_engine_passes_like_the_onnx_engine(torch_parity, parity):
     assert all(psnr > 90 for report in (torch_parity, parity) for psnr in report.decoder_psnr.values())
     assert torch_parity.encoded_token_agreement == 1.0
     assert torch_parity.reconstruction_error < 1e-4
+    assert abs(torch_parity.reconstruction_loss) < 1e-2
+
+
+def test_the_whole_loop_is_held_against_its_steps_where_an_engine_has_one(torch_parity, parity):
+    assert parity.loop is None
+    assert (torch_parity.loop.token_agreement, torch_parity.loop.clear_disagreements) == (1.0, 0)
+    assert 55 < torch_parity.loop.pixel_psnr < 65  # rounding to 8 bits is 58.9 dB
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["token", "picture"])
+def test_a_loop_that_draws_or_paints_otherwise_fails(small_bundle, small_paths, monkeypatch, precision, what):
+    original = TorchEngine.generate
+
+    def altered(self, *arguments):
+        done = original(self, *arguments)
+        if what == "token":  # the last: nothing comes after it, so that all other tokens stay right
+            done.tokens[-1][0, -1] = (done.tokens[-1][0, -1] + 1) % 61
+        else:
+            done.bytes_BRR3[:] = np.flip(done.bytes_BRR3, axis=1).copy()
+        return done
+
+    monkeypatch.setattr(TorchEngine, "generate", altered)
+    parity = verify_bundle(small_bundle, *small_paths, engine="torch", device="cpu", precision=precision)
+    assert not parity.passed
+    assert not parity.loop.passed
+    assert (parity.loop.clear_disagreements == 1) is (what == "token")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -293,9 +320,10 @@ def test_a_nudged_weight_fails_in_the_torch_engine_too(small_bundle, small_paths
         ({}, True),
         ({"MAX_MEAN_KL": 1e-9}, False),  # far less than bf16 has
         ({"MIN_DECODER_PSNR": 150.0}, False),
-        ({"MAX_MEAN_KL": 1.0, "MIN_DECODER_PSNR": 1.0}, True),
+        ({"MAX_RECONSTRUCTION_LOSS": -100.0}, False),
+        ({"MAX_MEAN_KL": 1.0, "MIN_DECODER_PSNR": 1.0, "MAX_RECONSTRUCTION_LOSS": 10.0}, True),
     ],
-    ids=["as-shipped", "divergence", "decoder", "lenient"],
+    ids=["as-shipped", "divergence", "decoder", "reconstruction", "lenient"],
 )
 def test_an_inexact_precision_is_judged_by_the_gate_alone(tiny_bundle, tiny_pair, monkeypatch, limits, passes):
     for name, value in limits.items():

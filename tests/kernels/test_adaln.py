@@ -28,6 +28,15 @@ def test_against_the_reference(R, n, D, with_y, dtype, device, near):
     near(x_MD, expected_x_MD, torch.float32)
 
 
+def test_many_tokens(device, near):
+    x_MD, y_MD, gamma_RD, scale_RD, shift_RD = tensors(1, 1024, 96, torch.float32, device)
+    expected_x_MD, out_MD = x_MD.clone(), torch.full_like(x_MD, torch.nan)
+    expected_MD = reference.adaln(expected_x_MD, y_MD, gamma_RD, scale_RD, shift_RD, out_MD=torch.empty_like(out_MD))
+    adaln(x_MD, y_MD, gamma_RD, scale_RD, shift_RD, out_MD=out_MD)
+    near(out_MD, expected_MD, torch.float32)
+    near(x_MD, expected_x_MD, torch.float32)
+
+
 def test_a_large_mean_does_not_swallow_the_variance(device, near):
     x_MD = torch.randn(4, 256).to(device) + 1000
     one_RD, out_MD = torch.ones(1, 256).to(device), torch.empty(4, 256, device=device)

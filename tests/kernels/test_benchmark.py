@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
+import types
 from functools import partial
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +19,18 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from var_kernels import benchmark, benchmark_cases, benchmark_report, ops
-from var_kernels.benchmark import COMPILE, EAGER, LIBRARY, PROVIDERS, run
-from var_kernels.benchmark_report import BenchmarkError, print_report
-from var_kernels.benchmark_setup import Inputs, WrongResultError, check
+from var_deploy.bench import suite
+from var_deploy.config import PLAIN_SCALE
+from var_kernels import benchmark, benchmark_cases, benchmark_gpu, ops, result_file, sizes
+from var_kernels.benchmark import run
+from var_kernels.benchmark_page import page
+from var_kernels.benchmark_report import BenchmarkError, print_report, slug
+from var_kernels.benchmark_setup import COMPILE, EAGER, LIBRARY, PROVIDERS, Inputs, WrongResultError, check
 from var_kernels.ops import OPERATIONS, reference_ops
 from var_kernels.timing import Ceilings
+from var_train.presets import preset_configs
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LIMITS = Ceilings(bytes_per_second=1e10, flops_per_second={"float32": 1e11, "bfloat16": 1e11}, how="given")
 
@@ -40,14 +50,20 @@ def tiny_cases(dtype=torch.float32):
         benchmark_cases.adaln(R=2, n=9, D=192, dtype=dtype),
         benchmark_cases.cached_attention(R=2, H=3, n=9, begin=5, L=20, dtype=dtype),
         benchmark_cases.cached_attention(R=2, H=1, n=1, begin=0, L=4, dtype=dtype),
+        benchmark_cases.cached_attention(R=2, H=3, n=9, begin=5, L=20, dtype=dtype, variant="plain"),
         benchmark_cases.draw(B=2, n=4, V=1000, C=8),
+        benchmark_cases.draw(B=2, n=4, V=1000, C=8, variant="unguided"),
+        benchmark_cases.draw(B=2, n=4, V=1000, C=8, variant="smooth", begin=14, ratio=1.0),
         benchmark_cases.groupnorm_silu(B=2, side=6, C=64, dtype=dtype),
+        benchmark_cases.groupnorm_silu(B=2, side=6, C=64, dtype=dtype, variant="sum"),
         benchmark_cases.linear(M=12, K=48, N=20, variant="", dtype=dtype),
         benchmark_cases.linear(M=12, K=48, N=20, variant="gelu", dtype=dtype),
         benchmark_cases.linear(M=12, K=48, N=20, variant="int8", dtype=dtype),
         benchmark_cases.next_scale(B=2, p=2, q=3, h=5, C=8, D=64),
         benchmark_cases.quantize_rows(M=7, K=48, dtype=dtype),
         benchmark_cases.to_pixels(B=2, side=6, dtype=dtype),
+        benchmark_cases.uniforms(B=2, L=30),
+        benchmark_cases.upsample_sum(B=2, side=3, C=96, dtype=dtype),
     ]
 
 
@@ -55,15 +71,17 @@ def tiny_case(operation):
     return next(case for case in tiny_cases() if case.operation == operation)
 
 
-def measure(cases, ops=None, providers=(EAGER,), **options):
+def measure(cases, ops=None, providers=(EAGER,), out=None, **options):
+    if out is not None:
+        options["on_row"] = lambda report: report.write(out)
     return run(CPU, cases, ops or reference_ops(), providers, repeats=2, limits=LIMITS, **options)
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_operation_has_a_row_with_the_right_results_of_all_providers(storage):
     report = measure(tiny_cases(storage), providers=(EAGER, LIBRARY))
-    assert len(report.rows) == 11
-    assert {row.operation for row in report.rows} == set(OPERATIONS) - {"uniforms"}
+    assert len(report.rows) == len(tiny_cases())
+    assert {row.operation for row in report.rows} == set(OPERATIONS)
     for row in report.rows:
         assert list(row.providers) == ["reference", EAGER]  # the fused epilogue is another function on a CPU
         assert row.providers["reference"].error == 0
@@ -76,7 +94,7 @@ def test_what_is_compiled_is_one_graph_with_the_same_results(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no compiler
     report = measure(tiny_cases(), providers=(COMPILE,))
     assert all(list(row.providers) == ["reference", COMPILE] for row in report.rows)
-    assert len(report.rows) == 11
+    assert len(report.rows) == len(tiny_cases())
 
 
 @pytest.mark.parametrize("case", tiny_cases(torch.bfloat16), ids=lambda case: case.name)
@@ -90,13 +108,14 @@ def test_traffic_is_every_input_once_and_every_output_once(case):
     if case.operation == "adaln":  # the residual is read and written
         counted += 4 * tensors[0].numel()
     elif case.operation == "cached_attention":  # of the caches only what is written and what lies before
-        _, q_scale_H, *caches, _ = tensors
-        beyond = caches[0].shape[2] - case.shape["begin"] - case.shape["n"]
-        counted -= 4 * q_scale_H.numel()
+        *scales, cache_k, cache_v = tensors[1:-1]
+        caches, beyond = (cache_k, cache_v), cache_k.shape[2] - case.shape["begin"] - case.shape["n"]
+        counted -= sum(4 * q_scale_H.numel() for q_scale_H in scales)
         counted -= sum(2 * cache[:, :, 0].numel() * beyond for cache in caches)
     elif case.operation == "draw":  # of the codebook the codes drawn; flags are written only when something is wrong
-        codebook_VC, codes_BnC, invalid_B = tensors[6], tensors[8], tensors[9]
+        strength_B, codebook_VC, codes_BnC, invalid_B = (tensors[i] for i in (2, 6, 8, 9))
         counted += 4 * (codes_BnC.numel() - codebook_VC.numel() - invalid_B.numel())
+        counted -= 4 * strength_B.numel() if case.variant == "unguided" else 0
     assert case.bytes == counted
 
 
@@ -138,6 +157,7 @@ def test_the_published_sizes_are_all_there_once_and_the_telling_ones_first():
         "cached_attention R=128 H=16 n=16 begin=14",
         "draw B=64 n=256 V=4096",
         "groupnorm_silu B=64 side=256 C=160",
+        "groupnorm_silu sum B=64 side=256 C=160",
         "groupnorm_silu B=1 side=64 C=320",
         "groupnorm_silu B=1 side=16 C=640",
         "linear int8 M=32768 K=7680 N=1920",
@@ -146,11 +166,24 @@ def test_the_published_sizes_are_all_there_once_and_the_telling_ones_first():
         "next_scale B=64 p=4 q=5 D=1920",
         "quantize_rows M=512 K=1024",
         "to_pixels B=64 side=256",
+        "upsample_sum B=64 side=128 C=160",
+        "uniforms B=64 L=680",
+        "cached_attention plain R=128 H=30 n=256 begin=424",
+        "draw unguided B=1 n=256 V=4096",
+        "draw smooth B=64 n=256 V=4096",
     } <= set(names)
     quick = list(benchmark_cases.quick_cases(torch.bfloat16))
     assert {(case.operation, case.variant) for case in quick} == {(case.operation, case.variant) for case in every}
-    assert len(quick) == 10
+    assert {case.operation for case in quick} == set(OPERATIONS)
     assert [case.name for case in quick] == names[: len(quick)]
+
+
+@pytest.mark.parametrize("model", sizes.WIDTH)
+def test_sizes_are_those_of_the_presets(model):
+    var, vqvae = preset_configs(model)
+    assert (sizes.WIDTH[model], sizes.SCALES[model]) == (var.embed_dim, var.patch_nums)
+    assert (var.vocab_size, vqvae.z_channels, PLAIN_SCALE) == (sizes.V, sizes.C, sizes.PLAIN_SCALE)
+    assert sizes.positions(var.patch_nums) == var.num_tokens
 
 
 def test_resampling_matrices_do_what_interpolate_does():
@@ -183,12 +216,14 @@ def wrong(operation, spoil):
         ("linear", lambda a, n: n["out_MN"].copy_(torch.zeros(12, 20)), "result 0: relative error 1.0e\\+00"),
         ("cached_attention", lambda a, n: a[2][:, :, 6].zero_(), "result 1: relative error"),
         ("cached_attention", lambda a, n: a[3][:, :, 2].zero_(), "result 4: relative error"),
+        ("uniforms", lambda a, n: n["out_BL"][1, 7].add_(2.0**-53), "result 0: 1.67% differ"),
         ("draw", lambda a, n: n["tokens_out_Bn"][0, 1].add_(1), "result 0: 12.50% differ from the reference"),
         ("draw", lambda a, n: n["codes_out_BnC"][0, 1].add_(1), "result 1: 12.50% differ"),
         ("draw", lambda a, n: n["invalid_out_B"].fill_(1), "result 2: 100.00% differ"),
         ("quantize_rows", lambda a, n: n["scale_out_M1"].mul_(2), "result 0: relative error 1.0e\\+00"),
         ("next_scale", lambda a, n: n["x_out_RmD"][2:].zero_(), "result 1: relative error"),
         ("groupnorm_silu", lambda a, n: n["out_BlC"][1].zero_(), "result 0: relative error"),
+        ("upsample_sum", lambda a, n: n["out_BHWC"][1].zero_(), "result 0: relative error"),
         ("to_pixels", lambda a, n: n["bytes_out_BRR3"].add_(1), "result 1: 100.00% differ"),
     ],
 )
@@ -200,6 +235,20 @@ def test_a_wrong_provider_is_an_error_and_gets_no_time(operation, spoil, message
     rows = json.loads(out.read_text())["rows"]
     assert [list(row["providers"]) for row in rows] == [[EAGER], ["reference", EAGER]]  # the others were measured
     assert len(failed.value.report.failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "spoil", "message"),
+    [
+        ("smooth", lambda a, n: n["smooth_weights_out_BnV"][1, 2].copy_(torch.ones(1000) / 1000), "result 3: 12.50%"),
+        ("smooth", lambda a, n: n["smooth_weights_out_BnV"][0, 0, 5].fill_(math.nan), "result 3: 12.50% differ"),
+        ("unguided", lambda a, n: n["tokens_out_Bn"][0, 1].add_(1), "result 0: 12.50% differ"),
+    ],
+)
+def test_a_wrong_variant_of_the_draw_is_an_error(variant, spoil, message):
+    case = next(case for case in tiny_cases() if (case.operation, case.variant) == ("draw", variant))
+    with pytest.raises(BenchmarkError, match=f"draw {variant} .*: reference: {message}"):
+        measure([case], wrong("draw", spoil))
 
 
 def test_an_implementation_that_writes_nothing_is_wrong():
@@ -218,9 +267,10 @@ def test_a_provider_that_raises_is_an_error_and_the_others_go_on():
     assert list(row.providers) == [EAGER]
 
 
-def test_too_little_memory_leaves_out_and_is_no_error():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), torch.AcceleratorError("CUDA error: out of memory")])
+def test_too_little_memory_leaves_out_and_is_no_error(error):
     def hungry(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     cases = [dataclasses.replace(tiny_case("adaln"), build=hungry), tiny_case("linear")]
     report = measure(cases, dataclasses.replace(reference_ops(), linear=hungry))
@@ -306,7 +356,7 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
     out = tmp_path / "rows.json"
     report = measure([tiny_case("adaln")], out=out)
     before = out.read_text()
-    monkeypatch.setattr(benchmark_report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(result_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report.write(out)
     assert out.read_text() == before
@@ -343,20 +393,24 @@ def command(tmp_path, monkeypatch):
     app = typer.Typer()
     app.command()(benchmark.main)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 NVL")
     monkeypatch.setattr(torch, "device", lambda name, kind=torch.device: kind("cpu"))
     monkeypatch.setattr(benchmark, "triton_ops", reference_ops)
     monkeypatch.setattr(benchmark, "cases", tiny_cases)
     monkeypatch.setattr(benchmark, "quick_cases", tiny_cases)
     monkeypatch.setattr(benchmark, "ceilings", lambda device: LIMITS)
-    return lambda *arguments: CliRunner().invoke(app, ["--out", str(tmp_path / "rows.json"), *arguments])
+    return lambda *arguments: CliRunner().invoke(app, ["--out", str(tmp_path / "results"), *arguments])
 
 
 def test_the_command_measures_what_it_is_asked_for(command, tmp_path):
     result = command("--only", "adaln", "--only", "linear", "--quick")
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    record = json.loads((tmp_path / "results" / "gpu-nvidia-h200-nvl-kernels.json").read_text())
+    rows = record["rows"]
     assert [(row["operation"], row["dtype"]) for row in rows] == [("adaln", "bfloat16")] + [("linear", "bfloat16")] * 3
     assert list(rows[0]["providers"]) == ["reference", EAGER]
+    written = (tmp_path / "results" / "gpu-nvidia-h200-nvl-kernels.md").read_text(encoding="utf-8")
+    assert written == page(record, tiny_cases(torch.bfloat16))
 
 
 def test_the_command_fails_where_a_provider_is_wrong_but_shows_the_rest(command, monkeypatch):
@@ -370,8 +424,10 @@ def test_the_command_fails_where_a_provider_is_wrong_but_shows_the_rest(command,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--only", "adalm"), "operation 'adalm' is unknown; those with rows: adaln"),
-        (("--only", "uniforms"), "operation 'uniforms' has no row"),
+        (("--only", "adalm"), "operation 'adalm' is unknown; known: adaln"),
+        (("--record", "rows.json"), "--record without --table"),
+        (("--table", "page.md", "--record", "absent.json"), "absent.json: [Errno 2] No such file or directory"),
+        (("--table", "page.md", "--record", "pyproject.toml"), "expected what a run of this benchmark wrote"),
         (("--dtype", "fp8"), "type 'fp8' is unknown; known: bf16, fp16"),
     ],
 )
@@ -386,7 +442,160 @@ def test_without_a_gpu_the_command_says_so_and_measures_nothing(command, monkeyp
     result = command()
     assert result.exit_code == 1
     assert "no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU" in result.output
-    assert not (tmp_path / "rows.json").exists()
+    assert not (tmp_path / "results").exists()
+
+
+# --- The page ---
+
+
+def test_the_page_in_the_repository_lists_what_would_be_measured(tmp_path):
+    """Written by the command alone, so that it cannot name rows that are no longer there."""
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    result = CliRunner().invoke(app, ["--table", str(tmp_path / "page.md")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert text == (ROOT / "docs" / "results" / "gpu-kernels.md").read_text(encoding="utf-8"), "run: make kernels"
+    assert text.count("| not measured |") == len(list(benchmark_cases.cases(torch.bfloat16)))
+    assert "| draw B=1 n=256 V=4096 | float32 | 8.46 |  | not measured |" in text
+
+
+def test_a_record_fills_the_page(tmp_path):
+    def wrong_or_hungry(*arguments, **named):
+        raise torch.OutOfMemoryError if named["gelu"] else ValueError("x_MK: strides")
+
+    out, planned = tmp_path / "rows.json", tiny_cases()
+    ops = dataclasses.replace(reference_ops(), linear=wrong_or_hungry)
+    with pytest.raises(BenchmarkError):
+        measure([tiny_case("adaln"), *(case for case in planned if case.operation == "linear")], ops, out=out)
+    record = json.loads(out.read_text())
+    record["machine"] |= {"device": "NVIDIA H200", "driver": "580.1", "sm_clock_limit_mhz": 1980}
+    row = record["rows"][0]
+    row |= {"floor_seconds": 2e-6, "clocks": {"sm_clock_mhz": 1755, "memory_clock_mhz": None}}
+    for name, seconds in (("reference", 4e-6), (EAGER, 9e-6)):
+        row["providers"][name]["timing"] |= {"median": seconds, "p10": seconds - 1e-6, "p90": seconds + 5e-6}
+    row["providers"]["reference"]["share"] = 0.5
+    text = page(record, planned)
+    filled = "4.0 (3.0–9.0) | 2.0 | 50% | 0.0e+00 | 9.0 | 2.25× |  |  |  |  | 1755 |"
+    for part in (
+        f"| adaln R=2 n=9 D=192 | float32 | 0.0599 |  | {filled}",
+        "| linear M=12 K=48 N=20 | float32 | 0.00718 | 2.3e-05 | failed |",
+        "| to_pixels B=2 side=6 | float32 | 0.00196 |  | not measured |",
+        "- linear M=12 K=48 N=20: reference: ValueError: x_MK: strides",
+        "- linear gelu M=12 K=48 N=20: reference: out of memory",
+        "NVIDIA H200, driver 580.1, torch ",
+        "SM clock limit in MHz 1980. Ceilings measured in this run: copy 0.01 TB/s; products in TFLOP/s: float32 0",
+    ):
+        assert part in text
+    assert "Nothing is measured" not in text
+    failing = {**record, "rows": [], "failures": ["adaln R=2 n=9 D=192: CUDA error"]}
+    assert "| adaln R=2 n=9 D=192 | float32 | 0.0599 |  | failed |" in page(failing, planned)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "Tesla V100-SXM2-16GB"])
+def test_files_are_named_as_those_of_the_suite(name):
+    assert slug(name) == suite.slug(name)
+
+
+# --- What is read of the GPU ---
+
+
+class NVML(types.ModuleType):
+    """A stand-in for the library: one GPU at 1,755 MHz whose memory clock cannot be read."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    def __init__(self):
+        super().__init__("pynvml")
+        self.open = 0
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        assert uuid == "GPU-12ab"
+        return object()
+
+    def nvmlSystemGetDriverVersion(self):
+        return b"580.1"
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle):
+        return 700_000
+
+    def nvmlDeviceGetMaxClockInfo(self, handle, clock):
+        return {1: 1980, 2: 3201}[clock]
+
+    def nvmlDeviceGetClockInfo(self, handle, clock):
+        return {1: 1755}[clock]
+
+
+UNREAD = {"driver": None, "sm_clock_limit_mhz": None, "memory_clock_limit_mhz": None, "power_limit_watts": None}
+LIMITS_READ = {
+    "driver": "580.1",
+    "sm_clock_limit_mhz": 1980,
+    "memory_clock_limit_mhz": 3201,
+    "power_limit_watts": 700.0,
+}
+
+
+def test_driver_limits_and_clocks_are_read_of_the_gpu_of_that_identity(monkeypatch):
+    library = NVML()
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12ab"))
+    assert benchmark_gpu.limits(torch.device("cuda")) == LIMITS_READ
+    assert benchmark_gpu.clocks(torch.device("cuda")) == {"sm_clock_mhz": 1755, "memory_clock_mhz": None}
+    assert library.open == 0
+
+
+def test_a_gpu_that_nvml_does_not_know_leaves_the_driver(monkeypatch):
+    library = NVML()
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    assert benchmark_gpu.limits(CPU) == {**UNREAD, "driver": "580.1"}
+    assert library.open == 0
+
+
+def test_without_nvml_nothing_is_known_and_nothing_fails(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError
+    assert benchmark_gpu.limits(CPU) == UNREAD
+    measure([tiny_case("adaln")], out=tmp_path / "rows.json")
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert UNREAD.items() <= record["machine"].items()
+    assert record["rows"][0]["clocks"] == {"sm_clock_mhz": None, "memory_clock_mhz": None}
+
+
+# --- Output paths ---
+
+
+@pytest.mark.parametrize("program", [("benchmark", "--out"), ("benchmark", "--table"), ("resources", "--json")])
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(program, tmp_path):
+    """Refused in a process that could neither compile (interpreter) nor measure (no GPU)."""
+    (tmp_path / "file").touch()
+    module, option = program
+    path = tmp_path / "file" / "results.json"
+    command = [sys.executable, "-m", f"var_kernels.{module}", option, str(path)]
+    paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    named = path / "gpu-kernels.json" if option == "--out" else path
+    assert done.stderr == (
+        f"error: {named}: cannot write (Not a directory: {tmp_path / 'file'}), expected a folder that takes new files; "
+        "choose another place\n"
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_folder_is_no_file_and_missing_folders_are_made(tmp_path, capsys):
+    with pytest.raises(typer.Exit) as refused:
+        result_file.refuse_unwritable(None, tmp_path)
+    assert refused.value.exit_code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: got a folder, expected a file name; add one\n"
+    result_file.refuse_unwritable(tmp_path / "a" / "b" / "rows.json")
+    assert list(tmp_path.iterdir()) == []
+    result_file.replace_file(tmp_path / "a" / "b" / "rows.json", "{}")
+    assert (tmp_path / "a" / "b" / "rows.json").read_text() == "{}"
 
 
 @pytest.mark.gpu

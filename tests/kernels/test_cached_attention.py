@@ -69,6 +69,16 @@ def test_many_tokens(R, H, n, begin, device, near):
     near(out_MD, run(reference.cached_attention, qkv_MN, q_scale_H, caches, begin)[0], torch.float16)
 
 
+def test_many_tokens_in_fp32(device, near):
+    """Plain attention, which the interpreter ends soonest: fp32 has the smallest tiles."""
+    qkv_MN, *caches = tensors(1, 1, 1024, 1, 1025, torch.float32, device)
+    out_MD, k_RHLd, v_RHLd = run(cached_attention, qkv_MN, None, caches, 1)
+    expected = run(reference.cached_attention, qkv_MN, None, caches, 1)
+    near(out_MD, expected[0], torch.float32)
+    assert torch.equal(k_RHLd, expected[1])
+    assert torch.equal(v_RHLd, expected[2])
+
+
 def full_attention(qkv_RlN: Tensor, q_scale_H: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(attended [R, l, H·64], keys [R, H, l, 64]) in float64: block-causal mask over all scales at once."""
     R, tokens, H = *qkv_RlN.shape[:2], len(q_scale_H)

@@ -65,6 +65,8 @@ SIZES = [  # B, h, p, q, C, D, halves of the rows
     (1, 18, 5, 7, 16, 192, 1),
     (2, 7, 7, None, 32, 0, 0),
     (1, 17, 17, None, 5, 0, 0),
+    (1, 32, 24, 32, 5, 64, 1),
+    (1, 32, 32, None, 5, 0, 0),
     pytest.param(1, 16, 1, 2, 32, 1024, 2, marks=pytest.mark.gpu),
     pytest.param(8, 16, 13, 16, 32, 1920, 2, marks=pytest.mark.gpu),
     pytest.param(2, 32, 24, 32, 32, 2304, 2, marks=pytest.mark.gpu),

@@ -79,7 +79,7 @@ def test_draw_equals_the_runtimes_token_for_token(V, k, top_k, top_p, strength, 
 
 @pytest.mark.parametrize("V", [1, 4, 97])
 def test_gumbel_noise_is_that_of_the_runtime(V):
-    gumbel_BnV = reference._gumbels(seeds_tensor(SEEDS), 14, 3, V)
+    gumbel_BnV = reference.gumbels(seeds_tensor(SEEDS), 14, 3, V)
     expected_BnV = np.stack([philox.gumbels(seed, 14, 17, V) for seed in SEEDS])
     np.testing.assert_allclose(gumbel_BnV.numpy(), expected_BnV, rtol=2e-7)  # the logarithms of two libraries
 
@@ -161,11 +161,39 @@ def test_groupnorm_silu_is_the_modules(silu, near):
     near(out_BlC.detach(), expected_BChw.detach().flatten(2).transpose(1, 2), torch.float32)
 
 
+def test_groupnorm_silu_of_a_sum_is_that_of_the_rounded_sum():
+    x_BlC, branch_BlC, conv_bias_C = torch.randn(2, 9, 64).half(), torch.randn(2, 9, 64).half(), torch.randn(64)
+    weight_C, bias_C = torch.randn(64), torch.randn(64)
+    sum_BlC, out_BlC = torch.empty(2, 9, 64).half(), torch.empty(2, 9, 64)
+    reference.groupnorm_silu(
+        x_BlC,
+        weight_C,
+        bias_C,
+        silu=True,
+        branch_BlC=branch_BlC,
+        conv_bias_C=conv_bias_C,
+        sum_out_BlC=sum_BlC,
+        out_BlC=out_BlC,
+    )
+    assert torch.equal(sum_BlC, (x_BlC.float() + branch_BlC.float() + conv_bias_C).half())
+    expected_BlC = reference.groupnorm_silu(sum_BlC, weight_C, bias_C, silu=True, out_BlC=torch.empty(2, 9, 64))
+    torch.testing.assert_close(out_BlC, expected_BlC, rtol=0, atol=0)
+
+
+def test_upsample_sum_is_interpolate_of_the_sum():
+    x_BhwC, branch_BhwC, conv_bias_C = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(8)
+    out_BHWC = torch.empty(2, 6, 10, 8)
+    reference.upsample_sum(x_BhwC, branch_BhwC=branch_BhwC, conv_bias_C=conv_bias_C, out_BHWC=out_BHWC)
+    sum_BChw = (x_BhwC + branch_BhwC + conv_bias_C).permute(0, 3, 1, 2)
+    assert torch.equal(out_BHWC.permute(0, 3, 1, 2), F.interpolate(sum_BChw, scale_factor=2, mode="nearest"))
+
+
 def test_to_pixels_clamps_and_rounds():
     x_Bl3 = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.25, 1.0, 1.5, 0.003, 0.005, 0.007, -0.001, 0.999]).view(1, 4, 3)
+    bias_3 = torch.tensor([0.0, -0.25, 0.5])
     pixels_B3RR, bytes_BRR3 = torch.empty(1, 3, 2, 2), torch.empty(1, 2, 2, 3, dtype=torch.uint8)
-    reference.to_pixels(x_Bl3, pixels_out_B3RR=pixels_B3RR, bytes_out_BRR3=bytes_BRR3)
-    expected = ((x_Bl3.double() + 1) / 2).clamp(0, 1).view(2, 2, 3)
+    reference.to_pixels(x_Bl3, bias_3, pixels_out_B3RR=pixels_B3RR, bytes_out_BRR3=bytes_BRR3)
+    expected = ((x_Bl3.double() + bias_3 + 1) / 2).clamp(0, 1).view(2, 2, 3)
     torch.testing.assert_close(pixels_B3RR[0].permute(1, 2, 0).double(), expected, rtol=0, atol=1e-7)
     assert bytes_BRR3.flatten().tolist() == [round(value * 255) for value in expected.flatten().tolist()]
 

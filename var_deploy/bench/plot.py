@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError, RequestError
+from ..output_file import check_output
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -17,6 +18,7 @@ def check_plot(path: Path) -> None:
         raise RequestError(f"{path}: unknown plot format {path.suffix!r}; use {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
         raise EngineError("a plot needs matplotlib; pip install 'var-deploy[plot]'")
+    check_output(path)
 
 
 def plot_bench(rows: list[dict[str, Any]], path: Path, title: str, *, form: str | None = None) -> None:

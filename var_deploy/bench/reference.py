@@ -83,10 +83,21 @@ class Reference:
                 # Keeps the cast weights for the whole generation, as autocast does by default.
                 stack.enter_context(torch.autocast(self._device.type, dtype=self._half))
             if self._device.type == "cuda":
-                allowed = self._half is not None
                 stack.enter_context(torch.cuda.device(self._device))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allowed))
-                before = torch.get_float32_matmul_precision()
-                stack.callback(torch.set_float32_matmul_precision, before)
-                torch.set_float32_matmul_precision("high" if allowed else "highest")
+                stack.enter_context(_float32_as("tf32" if self._half is not None else "ieee"))
             yield
+
+
+@contextmanager
+def _float32_as(precision: str) -> Iterator[None]:
+    """How CUDA's libraries compute float32; convolutions time their algorithms."""
+    import torch
+
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    before = cudnn.enabled, cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision
+    cudnn.enabled, cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = True, True, precision, precision
+    try:
+        yield
+    finally:
+        cudnn.enabled, cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = before

@@ -22,8 +22,8 @@ TIMED = (
     "device_seconds: CUDA events around the replayed graph, inputs and results on the GPU; without_decoder: the same "
     "without the decoder. stages: each a graph of its own on a GPU, host clock elsewhere. floor_seconds: counted bytes "
     "and operations over ceilings measured in this run; share_of_floor: floor/device_seconds (seconds without a GPU); "
-    "flops_share: operations per second over the ceiling of products. joules_per_image: whole GPU over back-to-back "
-    "generations. device_peak_bytes: tensors, weights among them, before the reference was built"
+    "flops_share (MFU): operations per second over the ceiling of products. joules_per_image: whole GPU over "
+    "back-to-back generations. device_peak_bytes: tensors, weights among them, before the reference was built"
 )
 
 

@@ -214,18 +214,18 @@ class _Run:
         batch = row.batch
         settings = request.settings(self._manifest, self._guidance, None, None, False)
         labels_B = np.arange(batch) % self._manifest.var.num_classes
-        work = on_device.Work(labels_B=labels_B, seeds=list(range(batch)), settings=settings)
+        asked = on_device.BenchRequest(labels_B=labels_B, seeds=list(range(batch)), settings=settings)
         self._progress(f"batch {batch}, on the device")
         found: dict[str, Any] = {
-            "device_seconds": Spread.of(on_device.whole_seconds(self._clock, work, repeats=self._repeats)),
+            "device_seconds": Spread.of(on_device.whole_seconds(self._clock, asked, repeats=self._repeats)),
         }
-        joules, reading = on_device.joules_per_image(self._clock, work)
+        joules, reading = on_device.joules_per_image(self._clock, asked)
         found |= {"joules_per_image": joules, "gpu": None if reading is None else asdict(reading)}
-        without = on_device.whole_seconds(self._clock, work, repeats=self._repeats, decode=False)
+        without = on_device.whole_seconds(self._clock, asked, repeats=self._repeats, decode=False)
         found["without_decoder"] = Spread.of(without)
         if stages:  # the copies as in the request, the rest stage by stage instead of as one replay
             upload, download = ({name: row.stages.get(name, 0.0)} for name in ("upload", "download"))
-            found["stages"] = {**upload, **on_device.stage_seconds(self._clock, work), **download}
+            found["stages"] = {**upload, **on_device.stage_seconds(self._clock, asked), **download}
         return found
 
     def _floor(self, row: BenchRow, ceilings: Rates | None) -> dict[str, Any]:

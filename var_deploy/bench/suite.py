@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
-import signal
 import statistics
 import sys
 import time
@@ -23,7 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import VarDeployError
+from ..errors import EngineError, RequestError, VarDeployError, run_command
+from ..output_file import check_output, write_text
 from ..pipeline import Pipeline
 from .device import Rates, free, measured_ceilings
 from .gpu import gpu_record
@@ -185,7 +184,7 @@ class SuiteRun:
             if len(rows) == at:
                 rows.append({"model": entry.model, "precision": entry.precision, "batch": entry.batch})
             rows[at]["error"] = one_line(error)
-            if type(error).__name__ == "AcceleratorError":
+            if type(error).__name__ == "AcceleratorError" and not _memory_ran_out(error):
                 stopped = "the device failed before"
         end = self._clock()
         if timed is not None:
@@ -197,21 +196,20 @@ class SuiteRun:
         """Replaces the file by one step, so that it is whole whenever the run is cut short."""
         self.record["targets"] = outcomes(self.record["rows"])
         self.record["spent_seconds"] = self._clock() - self._begin
-        _replace(self.out, json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.out, json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _memory_ran_out(error: BaseException) -> bool:
+    from ..engines.torch.graphs import out_of_memory  # an accelerator's error: PyTorch is there
+
+    return out_of_memory(error)
 
 
 def write_page(record: dict[str, Any] | None, out: Path) -> str:
     """Writes the page of a record, or of a suite of which nothing was measured; returns its text."""
     text = page(record, [(entry.model, entry.precision, entry.batch) for entry in SUITE])
-    _replace(out, text)
+    write_text(out, text)
     return text
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def slug(name: str) -> str:
@@ -228,18 +226,19 @@ def main(
 ) -> None:
     """Measure published sizes on this machine's GPU."""
     if table is not None:
-        write_page(json.loads(record.read_text(encoding="utf-8")) if record else None, table)
+        check_output(table)
+        write_page(_read(record) if record else None, table)
         return
+    if record is not None:
+        raise RequestError("--record: got it without --table, which says where its page goes; add --table FILE")
     name = _gpu_name(device)
-    if name is None:
-        print("no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU", file=sys.stderr)
-        raise typer.Exit(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the page is written
 
     def said(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
     stem = out / f"gpu-{slug(name)}"
+    for suffix in (".json", ".md", ".png"):
+        check_output(stem.with_suffix(suffix))
     gpu = gpu_record(int(device.partition(":")[2] or 0))
     facts: dict[str, Any] = {"timed": TIMED, "gpu": asdict(gpu) if gpu else {"name": name}, "machine": machine()}
     run = SuiteRun(facts, stem.with_suffix(".json"), budget=budget, progress=said)
@@ -253,16 +252,32 @@ def main(
         _plot(run.record, stem.with_suffix(".png"), name)
 
 
-def _gpu_name(device: str) -> str | None:
-    """Name of the GPU that PyTorch sees there; None without one."""
+def _read(record: Path) -> dict[str, Any]:
+    """A record written by an earlier run."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RequestError(f"{record}: not JSON ({error}); expected what a run of this suite wrote") from error
+    if not isinstance(found, dict) or not {"rows", "left_out"} <= found.keys():
+        raise RequestError(f"{record}: got no rows, expected what a run of this suite wrote; give that file")
+    return found
+
+
+def _gpu_name(device: str) -> str:
+    """Name of the GPU that PyTorch sees there. Raises EngineError without one."""
+    if not re.fullmatch(r"cuda(:(0|[1-9]\d*))?", device):
+        raise EngineError(f"device: got {device!r}, expected cuda or cuda:N; the suite measures a GPU")
     try:
         import torch
-    except ImportError:
-        return None
-    if not re.fullmatch(r"cuda(:\d+)?", device) or not torch.cuda.is_available():
-        return None
+    except ImportError as error:
+        raise EngineError(f"the suite needs {error.name}; pip install 'var-deploy[gpu]'") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise EngineError("no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU")
     index = int(device.partition(":")[2] or 0)
-    return torch.cuda.get_device_name(index) if index < torch.cuda.device_count() else None
+    if index >= count:
+        raise EngineError(f"device {device!r}: this machine has {count} GPUs, counted from 0")
+    return torch.cuda.get_device_name(index)
 
 
 def _plot(record: dict[str, Any], path: Path, name: str) -> None:
@@ -275,4 +290,4 @@ def _plot(record: dict[str, Any], path: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(lambda: typer.run(main))

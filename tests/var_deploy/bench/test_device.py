@@ -13,7 +13,15 @@ import var_deploy
 from var_deploy.bench import bench, bench_record
 from var_deploy.bench import device as bench_device
 from var_deploy.bench import run as timing
-from var_deploy.bench.device import Work, cuda_clock, free, joules_per_image, product_rate, stage_seconds, whole_seconds
+from var_deploy.bench.device import (
+    BenchRequest,
+    cuda_clock,
+    free,
+    joules_per_image,
+    product_rate,
+    stage_seconds,
+    whole_seconds,
+)
 from var_deploy.bench.gpu import GpuReading, GpuRecord
 from var_deploy.engines.torch import TorchEngine
 from var_deploy.precision import Precision
@@ -69,8 +77,9 @@ def pipe(tiny_bundle: Path, calls, monkeypatch) -> var_deploy.Pipeline:
     assert isinstance(engine, TorchEngine)
     timed, release = engine.device_seconds, engine.release
 
-    def device_seconds(labels_B, seeds, settings, *, staged=False, decode=True):
-        calls.append("staged" if staged else "whole" if decode else "without decoder")
+    def device_seconds(labels_B, seeds, settings, *, staged=False, decode=True, head_start=True):
+        name = "staged" if staged else "whole" if decode else "without decoder"
+        calls.append(name if head_start else f"{name}, at once")
         engine.device = torch.device("cpu")  # while it runs
         try:
             return timed(labels_B, seeds, settings, staged=staged, decode=decode)
@@ -90,9 +99,11 @@ def pipe(tiny_bundle: Path, calls, monkeypatch) -> var_deploy.Pipeline:
     return made
 
 
-def work_of(pipe: var_deploy.Pipeline, batch: int) -> Work:
+def request_of(pipe: var_deploy.Pipeline, batch: int) -> BenchRequest:
     manifest = pipe.bundle.manifest
-    return Work(labels_B=np.zeros(batch, int), seeds=[0] * batch, settings=settings(manifest, None, None, None, False))
+    return BenchRequest(
+        labels_B=np.zeros(batch, int), seeds=[0] * batch, settings=settings(manifest, None, None, None, False)
+    )
 
 
 def test_only_an_engine_on_cuda_is_a_clock(tiny_bundle, pipe):
@@ -105,7 +116,7 @@ def test_a_row_on_a_gpu_holds_what_only_it_can_tell(pipe, calls):
     (row,) = bench(pipe, batches=[2], repeats=3, reference=False)
     assert calls[:2] == ["release", "reset cuda:0"]  # before the warm-up, whose peak is read
     # The first of each captures; the energy takes as many as fit its time, at least one.
-    assert calls[2:] == ["whole"] * 4 + ["whole"] + ["without decoder"] * 4 + ["staged"] * 2
+    assert calls[2:] == ["whole"] * 4 + ["whole, at once"] + ["without decoder"] * 4 + ["staged"] * 2
     assert (row.device, row.engine) == ("cuda:0", "torch")
     assert (row.device_peak_bytes, row.device_reserved_bytes) == (1000, 2000)
     assert row.device_seconds.count == row.without_decoder.count == 3
@@ -132,7 +143,7 @@ def test_shares_are_of_the_time_on_the_device(pipe):
 def test_every_batch_size_is_timed_with_its_own_buffers_alone(pipe, calls):
     bench(pipe, batches=[1, 2], repeats=1, reference=False, stages=False)
     assert calls.count("release") == 4  # before the memory of each, before the time of each
-    assert [call for call in calls if call != "whole"][:4] == ["release", "reset cuda:0"] * 2
+    assert [call for call in calls if not call.startswith("whole")][:4] == ["release", "reset cuda:0"] * 2
 
 
 def test_compiled_references_too_run_beside_one_batch_size_at_a_time(pipe, calls, monkeypatch):
@@ -153,12 +164,12 @@ def test_compiled_references_too_run_beside_one_batch_size_at_a_time(pipe, calls
 
 
 def test_many_short_replays_show_the_tail_and_few_long_ones_suffice(pipe):
-    clock, work = cuda_clock(pipe.engine), work_of(pipe, 1)
+    clock, request = cuda_clock(pipe.engine), request_of(pipe, 1)
     assert clock is not None
-    assert len(whole_seconds(clock, work, repeats=2, limit_seconds=0.0)) == 2
+    assert len(whole_seconds(clock, request, repeats=2, limit_seconds=0.0)) == 2
     ticks = iter(range(10_000))
     quick = type("Quick", (), {"device_seconds": lambda *_, **__: {"replay": float(next(ticks))}})()
-    seconds = whole_seconds(quick, work, repeats=2, limit_seconds=60.0)
+    seconds = whole_seconds(quick, request, repeats=2, limit_seconds=60.0)
     assert seconds == [float(i) for i in range(1, 201)]  # the first captures
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from var_deploy.bench import suite as bench_gpu
-from var_deploy.bench.suite import SUITE, Entry, Measurement, SuiteRun, slug, write_page
+from var_deploy.bench.suite import SUITE, Entry, Measurement, OnRow, SuiteRun, slug, write_page
 from var_deploy.bench.table import NOT_MEASURED, TARGETS, Goal, Target, outcome, page
 from var_deploy.config import VARConfig, VQVAEConfig
+from var_deploy.errors import RequestError, VarDeployError, run_command
 from var_export import random_bundle
 from var_train.presets import PRESETS
 
@@ -229,7 +230,7 @@ def fake_gpu(monkeypatch) -> list[str]:
 
 def test_a_run_that_is_terminated_writes_page_and_plot_of_what_it_has(fake_gpu, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        bench_gpu.main(out=tmp_path, budget=450, device="cuda", table=None, record=None)
+        run_command(lambda: bench_gpu.main(out=tmp_path, budget=450, device="cuda", table=None, record=None))
     assert ended.value.code == 143
     assert fake_gpu == ["d16 bf16 batch 1", "d16 bf16 batch 64", "d30 bf16 batch 1"]
     files = {"gpu-nvidia-h200.json", "gpu-nvidia-h200.md"}
@@ -249,9 +250,51 @@ def test_without_a_gpu_nothing_is_measured_and_one_line_says_so(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "")
-    line = "no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU\n"
+    line = "error: no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU\n"
     assert done.stderr == line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"record": "x.json"}, "--record: got it without --table, which says where its page goes; add --table FILE"),
+        ({"table": "."}, ".: got a directory, expected a file name; add one"),
+        (
+            {"table": "t.md", "record": "broken.json"},
+            "broken.json: not JSON (Expecting value: line 1 column 1",
+        ),
+        ({"table": "t.md", "record": "other.json"}, "other.json: got no rows, expected what a run of this suite wrote"),
+        ({"device": "cpu"}, "device: got 'cpu', expected cuda or cuda:N; the suite measures a GPU"),
+    ],
+    ids=["record alone", "directory", "not JSON", "other JSON", "device"],
+)
+def test_a_wrong_option_is_refused(tmp_path, monkeypatch, options, message):
+    (tmp_path / "broken.json").write_text("rows")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    monkeypatch.chdir(tmp_path)
+    paths: dict[str, Any] = {name: Path(options[name]) if name in options else None for name in ("table", "record")}
+    with pytest.raises(VarDeployError) as refusal:
+        bench_gpu.main(out=tmp_path, budget=1, device=options.get("device", "cuda"), **paths)
+    assert str(refusal.value).startswith(message)
+    assert not (tmp_path / "t.md").exists()
+
+
+def test_results_that_could_not_be_written_are_refused_first(fake_gpu, tmp_path):
+    (tmp_path / "gpu-nvidia-h200.png").mkdir()
+    with pytest.raises(RequestError, match=r"gpu-nvidia-h200\.png: got a directory"):
+        bench_gpu.main(out=tmp_path, budget=1, device="cuda", table=None, record=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu-nvidia-h200.png"]
+
+
+def test_memory_that_ran_out_in_the_librarys_words_is_no_lost_device(tmp_path):
+    def measure(entry: Entry, on_row: OnRow) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    run = suite_run(tmp_path / "x.json", FakeClock())
+    run.run(SUITE[:2], measure)
+    assert [row["error"] for row in run.record["rows"]] == ["AcceleratorError: CUDA error: out of memory"] * 2
+    assert run.record["left_out"] == []
 
 
 def test_the_page_can_be_written_from_a_record_or_from_nothing(tmp_path):

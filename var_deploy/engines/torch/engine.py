@@ -27,12 +27,15 @@ from ...sampling import Settings, invalid_logits
 from ..engine import LoopResult, ScaleListener
 from .buffers import Buffers
 from .convolutions import Convolutions, library_convolutions
-from .graphs import Clock, give_back_memory, out_of_memory
+from .graphs import Clock, give_back_memory, out_of_memory, stream_of_its_own
 from .program import Program
 from .slots import Slots
-from .weights import WeightReader
+from .weights import WeightReader, scaled_product
 
 log = logging.getLogger("var_deploy")
+
+#: How long the device is kept waiting while the host submits what is timed: about 5 ms, some hundred launches.
+_HEAD_START_CYCLES = 10_000_000
 
 
 def torch_engine(
@@ -45,35 +48,72 @@ def torch_engine(
     reason: str = "asked for",
 ) -> TorchEngine:
     """The engine on a device ("auto", "cpu", "cuda", "cuda:N"); None takes the precision for it. Raises EngineError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    place = torch.device("cpu")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise EngineError(f"device {device!r}: PyTorch {torch.__version__} sees no GPU; use device 'cpu'")
-        index = int(number or 0)  # compared before PyTorch sees it, which keeps 8 bits of it
-        if index >= torch.cuda.device_count():
-            raise EngineError(f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
-        place = torch.device("cuda", index)
+    place, device_reason = _device(device)
+    precision_reason = "asked for"
     if precision is None:
         precision = Precision.BF16 if place.type == "cuda" else Precision.FP32
-    ffn_dim = bundle.manifest.var.ffn_dim
-    if precision is Precision.FP8 and ffn_dim % 16:
-        raise EngineError(f"precision 'fp8' needs an ffn_dim that is a multiple of 16, got {ffn_dim}; use bf16 or int8")
-    if precision is Precision.FP8 and place.type == "cuda" and torch.cuda.get_device_capability(place) < (9, 0):
-        raise EngineError("precision 'fp8' needs a Hopper GPU or later (compute capability 9.0); use bf16 or int8")
+        precision_reason = f"the default on a {'GPU' if place.type == 'cuda' else 'CPU'}"
+    if precision is Precision.FP8:
+        _require_fp8(bundle, place)
     try:
         ops = triton_ops() if place.type == "cuda" else reference_ops()
     except ImportError as error:
         raise EngineError(f"engine 'torch' on a GPU needs triton ({error}); pip install 'var-deploy[gpu]'") from error
-    if precision is Precision.FP32 and torch.get_float32_matmul_precision() != "highest":
-        asked = torch.get_float32_matmul_precision()
-        log.warning("float32 products may round: torch.set_float32_matmul_precision is %r in this process", asked)
-    log.info("engine torch on %s (%s), %s, %s kernels", place, reason, precision, ops.name)
+    products = (torch.backends.cuda if place.type == "cuda" else torch.backends.mkldnn).matmul.fp32_precision
+    if precision is Precision.FP32 and products not in ("none", "ieee"):
+        log.warning("float32 products may round: this process has PyTorch compute them as %r", products)
+    log.info(
+        "engine torch (%s) on %s (%s), precision %s (%s), %s kernels",
+        reason,
+        place,
+        device_reason,
+        precision,
+        precision_reason,
+        ops.name,
+    )
     return TorchEngine(
         bundle, place, precision=precision, ops=ops, decode_slice=decode_slice, compile_decoder=compile_decoder
     )
+
+
+def _device(device: str) -> tuple[torch.device, str]:
+    """The device meant, and why it is that one."""
+    available = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu"), "asked for" if device == "cpu" else f"PyTorch {torch.__version__} sees no GPU"
+    if not available:
+        raise EngineError(f"device {device!r}: PyTorch {torch.__version__} sees no GPU; use device 'cpu'")
+    index = int(device.partition(":")[2] or 0)  # compared before PyTorch sees it, which keeps 8 bits of it
+    if index >= torch.cuda.device_count():
+        raise EngineError(f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+    return torch.device("cuda", index), "a GPU is there" if device == "auto" else "asked for"
+
+
+def _require_fp8(bundle: Bundle, place: torch.device) -> None:
+    """Refuses sizes, devices and libraries without a float8 product, before any weight is loaded."""
+    ffn_dim = bundle.manifest.var.ffn_dim
+    if ffn_dim % 16:
+        raise EngineError(f"precision 'fp8' needs an ffn_dim that is a multiple of 16, got {ffn_dim}; use bf16 or int8")
+    if place.type == "cuda" and torch.cuda.get_device_capability(place) < (9, 0):
+        raise EngineError("precision 'fp8' needs a Hopper GPU or later (compute capability 9.0); use bf16 or int8")
+    if why := _float8_problem(place):
+        raise EngineError(
+            f"precision 'fp8': PyTorch {torch.__version__} has no float8 product on {place} ({why}); use bf16 or int8"
+        )
+
+
+def _float8_problem(place: torch.device) -> str | None:
+    """What PyTorch says against a small float8 product; None where it runs."""
+    one_16x16 = torch.ones(16, 16, device=place)
+    scale_16x1, bias_16 = one_16x16[:, :1].contiguous(), torch.zeros(16, device=place, dtype=torch.bfloat16)
+    operand, out = one_16x16.to(torch.float8_e4m3fn), one_16x16.to(torch.bfloat16)
+    try:
+        scaled_product(operand, operand.t(), scale_16x1, scale_16x1.t(), bias_16, out)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+    except RuntimeError as error:  # NotImplementedError is one
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 class TorchState:
@@ -109,7 +149,7 @@ class TorchEngine:
         self._bundle, self._ops, self._decode_slice = bundle, ops, decode_slice
         self._lock = RLock()
         self._generating = False
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream_of_its_own(device) if device.type == "cuda" else None
         self._encoder: Convolutions | None = None  # made at the first encode: few callers need it
         with self._running():
             self._program = Program(
@@ -154,17 +194,27 @@ class TorchEngine:
             )
 
     def device_seconds(
-        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, *, staged: bool = False, decode: bool = True
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        *,
+        staged: bool = False,
+        decode: bool = True,
+        head_start: bool = True,
     ) -> dict[str, float]:
         """Seconds on the device of one generation whose input lies there already, for benchmarks.
 
         As one graph ("replay"), or `staged`: every stage as a graph of its own; without the decoder on request. On a
-        CPU always by stage.
+        CPU always by stage. head_start: the device waits until the host has submitted everything, or a short
+        generation would be timed by how fast the host is.
         """
         with self._running(), self._once():
             slot, stages = self._slots.ready(len(labels_B), settings, staged=staged, decode=decode)
             slot.buffers.fill(labels_B, seeds, settings)
             slot.buffers.inputs.upload()
+            if head_start and self._stream is not None:
+                torch.cuda._sleep(_HEAD_START_CYCLES)
             clock = Clock(self._stream)
             for stage in stages:
                 stage.launch()

@@ -8,14 +8,21 @@ import time
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import torch
+
+from ...errors import EngineError
 
 #: Launches: a stage as it is, or the replay of its graph.
 Launch = Callable[[], object]
 
 #: One capture at a time in the process: PyTorch synchronises the device when one begins.
 _CAPTURING = Lock()
+
+#: How many streams PyTorch has per device and priority, and those of them that engines hold.
+_STREAMS_PER_DEVICE = 32
+_TAKEN: WeakSet[torch.cuda.Stream] = WeakSet()
 
 #: Of the driver and Triton; of cuBLAS; of cuDNN, none of whose algorithms found room.
 _NO_MEMORY = "out of memory|ALLOC_FAILED|unable to find an engine"
@@ -37,9 +44,32 @@ def captured(launches: list[Launch], stream: torch.cuda.Stream, pool: Any) -> li
 
 def _capture(launch: Launch, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        launch()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            launch()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        # What invalidates a capture is outside our launches: a debugger, or work forced onto this stream.
+        raise EngineError(
+            f"capturing a CUDA graph failed ({str(error).strip().splitlines()[0]}); if it happens again, restart the "
+            "process without tools that synchronise the GPU"
+        ) from error
     return graph
+
+
+def stream_of_its_own(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other engine of the process uses: a capture would take up what the other launches on it.
+
+    PyTorch hands out the same few streams in turn. Raises EngineError when all are taken.
+    """
+    with _CAPTURING:
+        for _ in range(_STREAMS_PER_DEVICE):
+            stream = torch.cuda.Stream(device)
+            if stream not in _TAKEN:
+                _TAKEN.add(stream)
+                return stream
+    raise EngineError(f"{device}: {_STREAMS_PER_DEVICE} engines are open on it, more than streams; close some")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -19,10 +19,12 @@ from torch import Tensor
 from var_kernels import Ops, reference_ops
 
 from ...bundle import Bundle
+from ...errors import EngineError
 from ...precision import Precision
+from ...static_buffers import decoded_at_once
 from .buffers import Buffers, DecodeBuffers
 from .convolutions import Convolutions, library_convolutions
-from .graphs import Launch
+from .graphs import Launch, out_of_memory
 from .transformer import Transformer
 from .weights import WeightReader
 
@@ -56,9 +58,11 @@ class Program:
         self.transformer = Transformer(self.var, self.vqvae, read)
         if compile_decoder:  # the compiler fuses the norms itself, and cannot see into the kernels
             read = WeightReader(bundle, device, precision, reference_ops())
-        self._decode_map: Callable[[Tensor], Tensor] = Convolutions(self.vqvae, read, encoder=False).decode
+        decoder = Convolutions(self.vqvae, read, encoder=False)
+        self._decode_map: Callable[[Tensor], Tensor] = decoder.decode
+        self._pixel_bias_3 = decoder.pixel_bias_3
         if compile_decoder:
-            self._decode_map = torch.compile(self._decode_map, dynamic=False)
+            self._decode_map = _compiled(self._decode_map)
 
     def stages(self, b: Buffers, decode: DecodeBuffers, guided_scales: int) -> list[Stage]:
         """A whole generation; null-class rows run at the first `guided_scales` scales, which is exact: nothing reads
@@ -113,9 +117,32 @@ class Program:
 
     def decode(self, f_hat_BlC: Tensor, decode: DecodeBuffers) -> None:
         """f_hat → float and 8-bit pixels, all images at once or slice by slice."""
-        step = self.decode_slice or decode.batch
+        step = decoded_at_once(self.vqvae, decode.batch, self.decode_slice)
         for begin in range(0, decode.batch, step):
             here = slice(begin, begin + step)
             with library_convolutions():
                 x_Bl3 = self._decode_map(f_hat_BlC[here])
-            self._ops.to_pixels(x_Bl3, pixels_out_B3RR=decode.pixels_B3RR[here], bytes_out_BRR3=decode.bytes_BRR3[here])
+            self._ops.to_pixels(
+                x_Bl3,
+                self._pixel_bias_3,
+                pixels_out_B3RR=decode.pixels_B3RR[here],
+                bytes_out_BRR3=decode.bytes_BRR3[here],
+            )
+
+
+def _compiled(decode_map: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The decoder through torch.compile, which begins when it first runs; what the compiler cannot do is one line."""
+    from torch._dynamo.exc import TorchDynamoException  # a second to import, and few compile
+
+    compiled = torch.compile(decode_map, dynamic=False)
+
+    def run(f_hat_BlC: Tensor) -> Tensor:
+        try:
+            return compiled(f_hat_BlC)
+        except TorchDynamoException as error:
+            if out_of_memory(error):
+                raise
+            why = next(line for line in str(error).splitlines() if line.strip())
+            raise EngineError(f"compile_decoder: torch.compile failed ({why}); leave the option out") from error
+
+    return run

@@ -7,22 +7,31 @@ CPU, where nothing is captured, a batch runs as it is.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from ...errors import EngineError
 from ...sampling import Settings
-from ...static_buffers import generation_bytes
+from ...static_buffers import (
+    BUCKETS,
+    bucket_of,
+    decode_specs,
+    decoded_at_once,
+    decoder_activation_bytes,
+    generation_bytes,
+    nbytes,
+)
 from .buffers import Buffers, DecodeBuffers
 from .graphs import Launch, captured, give_back_memory, out_of_memory
 from .program import Program, Stage
 
 log = logging.getLogger("var_deploy")
 
-#: Beyond the last, a batch runs in a multiple of it.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -49,14 +58,30 @@ class Slots:
 
         Raises EngineError, saying what fits, when the GPU's memory does not suffice; the engine stays usable.
         """
+
+        def needed(batch: int) -> int:
+            program = self._program
+            return generation_bytes(
+                program.var,
+                program.vqvae,
+                batch,
+                program.precision,
+                guided=settings.guided_scales > 0,
+                smooth=settings.smooth,
+                decode_slice=program.decode_slice,
+            )
+
+        return self._with_room(lambda: self._ready(B, settings, staged, decode), B, needed)
+
+    def _with_room(self, make: Callable[[], T], B: int, needed: Callable[[int], int]) -> T:
         for _ in range(2):  # the second time without other batch sizes, which may have been in the way
             try:
-                return self._ready(B, settings, staged, decode)
+                return make()
             except RuntimeError as error:  # its trace holds on to tensors until this block is left
                 if not out_of_memory(error):
                     raise
             self.release()
-        raise EngineError(self._too_large(B, settings))
+        raise EngineError(self._too_large(B, needed))
 
     def _ready(self, B: int, settings: Settings, staged: bool, decode: bool) -> tuple[Slot, list[Stage]]:
         bucket, guided_scales = self._bucket(B), settings.guided_scales
@@ -84,7 +109,17 @@ class Slots:
         return slot, slot.graphs[graph_key]
 
     def ready_to_decode(self, B: int) -> tuple[DecodeBuffers, Launch]:
-        """Decoder buffers for a batch, and what decodes that which lies in their `f_hat_BlC`."""
+        """Decoder buffers for a batch, and what decodes that which lies in their `f_hat_BlC`; raises as `ready`."""
+
+        def needed(batch: int) -> int:
+            program = self._program
+            images = decoded_at_once(program.vqvae, batch, program.decode_slice)
+            buffers = nbytes(decode_specs(program.vqvae, batch))
+            return buffers + decoder_activation_bytes(program.vqvae, images, program.precision)
+
+        return self._with_room(lambda: self._ready_to_decode(B), B, needed)
+
+    def _ready_to_decode(self, B: int) -> tuple[DecodeBuffers, Launch]:
         bucket = self._bucket(B)
         decode = self._decode_buffers(bucket)
         launch: Launch = partial(self._program.decode, decode.f_hat_BlC, decode)
@@ -119,25 +154,17 @@ class Slots:
         return self._decode[bucket]
 
     def _bucket(self, B: int) -> int:
-        if self._stream is None:
-            return B
-        return next((size for size in BUCKETS if size >= B), -(-B // BUCKETS[-1]) * BUCKETS[-1])
+        return B if self._stream is None else bucket_of(B)
 
-    def _too_large(self, B: int, settings: Settings) -> str:
-        program = self._program
-
-        def needed(batch: int) -> int:
-            images = min(program.decode_slice or batch, batch)
-            guided, smooth = settings.guided_scales > 0, settings.smooth
-            return generation_bytes(program.var, program.vqvae, batch, guided, program.precision, smooth, images)
-
+    def _too_large(self, B: int, needed: Callable[[int], int]) -> str:
         free = torch.cuda.mem_get_info(self._device)[0]
         bucket = self._bucket(B)
         fits = [size for size in BUCKETS if size < bucket and needed(size) <= free]
+        slices = "" if self._program.decode_slice else "; decode_slice=1 takes less for the decoder"
         step = f"batch {fits[-1]} should fit" if fits else "not even batch 1 fits: free memory on the GPU"
         return (
             f"batch {B}: needs about {needed(bucket) / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB are free on "
-            f"{self._device}; {step}" + ("" if program.decode_slice else "; decode_slice=1 takes less for the decoder")
+            f"{self._device}; {step}{slices}"
         )
 
 

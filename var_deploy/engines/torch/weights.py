@@ -116,17 +116,24 @@ class Fp8Product:
         quantized_MK = buffers.quantized_MK.view(-1)[: M * K].view(M, K)
         scale_M1 = buffers.row_scale_M1[:M]
         self.ops.quantize_rows(x_MK, out_MK=quantized_MK, scale_out_M1=scale_M1)
-        torch._scaled_mm(
-            quantized_MK,
-            self.weight_KN,
-            scale_a=scale_M1,
-            scale_b=self.column_scale_1N,
-            bias=self.bias_N,
-            out_dtype=out_MN.dtype,
-            use_fast_accum=True,
-            out=out_MN,
-        )
+        scaled_product(quantized_MK, self.weight_KN, scale_M1, self.column_scale_1N, self.bias_N, out_MN)
         return _gelu_in_place(out_MN) if gelu else out_MN
+
+
+def scaled_product(
+    x_MK: Tensor, weight_KN: Tensor, row_scale_M1: Tensor, column_scale_1N: Tensor, bias_N: Tensor, out_MN: Tensor
+) -> Tensor:
+    """The library's float8 product; its matrix lies column by column."""
+    return torch._scaled_mm(
+        x_MK,
+        weight_KN,
+        scale_a=row_scale_M1,
+        scale_b=column_scale_1N,
+        bias=bias_N,
+        out_dtype=out_MN.dtype,
+        use_fast_accum=True,
+        out=out_MN,
+    )
 
 
 Product = LibraryProduct | Int8Product | Fp8Product
