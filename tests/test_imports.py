@@ -29,7 +29,8 @@ ALLOWED = {
 ALLOWED_LAZILY = {
     "var_deploy/cli.py": ("var_export", "var_train"),
     "var_deploy/bench/device.py": ("var_kernels",),
-    "var_deploy/bench/suite.py": ("var_export",),
+    "var_deploy/bench/gpu.py": ("var_kernels",),
+    "var_deploy/bench/suite.py": ("var_export", "var_kernels"),
     "var_deploy/bench/reference.py": ("var_train",),
 }
 

@@ -1,7 +1,8 @@
 """How many kernels and library calls one generation of the torch engine replays, counted from the configuration.
 
-At a batch of one this number decides: a launch inside a CUDA graph takes about a microsecond whatever it computes. A
-library call counts once; where a library splits one into several kernels, the graph has more nodes than said here.
+At a batch of one this number is expected to decide, as every launch inside a CUDA graph takes its time whatever it
+computes; how much is not measured yet. A library call counts once; where a library splits one into several kernels, the
+graph has more nodes than said here.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ class Pipeline:
         """Generates one image per label.
 
         labels: class ids or class names of the bundle. seeds: one integer (the images take s, s + 1, …) or one per
-        image; an image depends on its class, seed and settings, not on the batch it came in. guidance: strength at the
+        image; in float32 an image depends on its class, seed and settings, not on the batch it came in, while lower
+        precisions round otherwise in another batch size, which may change a token. guidance: strength at the
         last scale, growing linearly from 0 at the first as published; a sequence gives the strength of every scale;
         0 runs half the rows, as do all scales after the last whose strength is not 0. temperature divides the mixed
         logits. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes

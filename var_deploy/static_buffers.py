@@ -112,9 +112,10 @@ def decoder_activation_bytes(vqvae: VQVAEConfig, images: int, precision: Precisi
 
 
 def _widest_map(vqvae: VQVAEConfig) -> int:
-    """Elements of the largest map of one image."""
-    sides = [vqvae.image_size // 2**level for level in range(len(vqvae.ch_mult))]
-    return max(vqvae.ch * mult * side**2 for mult, side in zip(vqvae.ch_mult, sides, strict=True))
+    """Elements of the largest map of one image; on its way to a level a map still has the channels of the one below."""
+    widths = [vqvae.ch * mult for mult in vqvae.ch_mult]
+    reaching = [max(pair) for pair in zip(widths, [*widths[1:], 0], strict=True)]
+    return max(width * (vqvae.image_size // 2**level) ** 2 for level, width in enumerate(reaching))
 
 
 def generation_bytes(

@@ -3,8 +3,9 @@
     python -m var_kernels.benchmark [--out docs/results] [--only adaln] [--quick] [--budget SECONDS]
 
 A row is one operation at one size. Every provider is first compared with the reference on fresh inputs; one that is
-wrong, or fails, gets no time and makes the run fail at its end. Writes gpu-<name>-kernels.json and a page of the same
-name after every row, so that a run cut short still counts.
+wrong, or fails, gets no time and makes the run fail at its end. Compiling takes long, so only the first row of each
+operation has it. Writes gpu-<name>-kernels.json and the page gpu-kernels.md after every row, so that a run cut short
+still counts.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from rich.console import Console
 
 from . import reference
 from .benchmark_cases import cases, quick_cases
-from .benchmark_gpu import clocks
 from .benchmark_page import page
-from .benchmark_report import BenchmarkError, Measured, Report, Row, machine, print_report, slug
+from .benchmark_report import BenchmarkError, Measured, Report, Row, machine, print_report
 from .benchmark_setup import COMPILE, EAGER, LIBRARY, PROVIDERS, Case, Inputs, Results, Setup, check
+from .nvml import opened
 from .ops import OPERATIONS, Ops, triton_ops
-from .result_file import refuse_unwritable, replace_file
+from .result_file import refuse_unwritable, replace_file, slug
 from .timing import Call, Ceilings, Timing, ceilings, time_cuda, type_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+PAGE = "gpu-kernels.md"  # of the last run, whatever the GPU
 
 SETS = 8  # of buffers, where they fit
 SETS_BYTES = 2 << 30
@@ -55,12 +58,12 @@ def run(
 ) -> Report:
     """Measures the cases in turn, until `budget` seconds are spent; a row begun is ended.
 
-    The first provider is `ops`, under its own name. `on_row` hears the report after every row and at the end. Raises
-    BenchmarkError at the end if one was wrong or failed.
+    The first provider is `ops`, under its own name; `COMPILE` runs in the first row of an operation. `on_row` hears
+    the report after every row and at the end. Raises BenchmarkError at the end if one was wrong or failed.
     """
     begin = time.monotonic()
     report = Report(ceilings=limits or ceilings(device), machine=machine(device))
-    stopped = None
+    stopped, compiled = None, set()
     for case in cases:
         if not stopped and budget is not None and time.monotonic() - begin >= budget:
             stopped = "budget spent"
@@ -68,8 +71,10 @@ def run(
             report.left_out.append(f"{case.name}: {stopped}")
             continue
         progress(case.name)
+        chosen = [name for name in providers if name != COMPILE or case.operation not in compiled]
+        compiled.add(case.operation)
         try:
-            report.attempt(case.name, partial(_measure, case, device, ops, providers, repeats, report))
+            report.attempt(case.name, partial(_measure, case, device, ops, chosen, repeats, report))
         except torch.AcceleratorError:
             stopped = "the device failed before"
         on_row(report)
@@ -95,6 +100,8 @@ def _measure(
         if timing is not None:
             measured[name] = Measured(timing=timing, share=floor / timing.median, error=error)
     if measured:
+        with opened(device) as nvml:
+            clocks = nvml.clocks()
         row = Row(
             operation=case.operation,
             variant=case.variant,
@@ -104,7 +111,7 @@ def _measure(
             flops=case.flops,
             floor_seconds=floor,
             providers=measured,
-            clocks=clocks(device),
+            clocks=clocks,
         )
         report.rows.append(row)
 
@@ -161,11 +168,11 @@ def _baseline(name: str) -> Bind:
             return lambda: compiled[setup.eager](*setup.arguments)
 
         return bind
-    return lambda setup: setup.libraries.get(name)
+    return lambda setup: setup.library
 
 
 def main(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the two files go.")] = Path("docs/results"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where JSON and page go.")] = Path("docs/results"),
     only: Annotated[list[str] | None, typer.Option(help="Operation to measure; repeat for several.")] = None,
     quick: Annotated[bool, typer.Option(help="One size per operation, fewer repeats, nothing compiled.")] = False,
     budget: Annotated[float | None, typer.Option(help="Seconds after which no further row starts.")] = None,
@@ -186,17 +193,17 @@ def main(
         return
     if record is not None:
         raise typer.BadParameter("--record without --table, which says where its page goes; add --table FILE")
-    refuse_unwritable(out / "gpu-kernels.json")
+    refuse_unwritable(out / PAGE)
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured; run this on a machine with an NVIDIA GPU", file=sys.stderr)
         raise typer.Exit(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     chosen = [case for case in (quick_cases(DTYPES[dtype]) if quick else planned) if not only or case.operation in only]
-    result = out / f"gpu-{slug(torch.cuda.get_device_name())}-kernels.json"
+    name = slug(torch.cuda.get_device_name())
 
     def write(report: Report) -> None:
-        report.write(result)
-        replace_file(result.with_suffix(".md"), page(report.record(), planned))
+        report.write(out / f"gpu-{name}-kernels.json")
+        replace_file(out / PAGE, page(report.record(), planned))
 
     try:
         report = run(

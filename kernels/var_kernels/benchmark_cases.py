@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import benchmark_eager as eager
 from . import reference
-from .benchmark_setup import FP32, GUIDANCE, LIBRARY, TOP_K, TOP_P, Case, Inputs, Results, Setup
+from .benchmark_setup import FP32, GUIDANCE, TOP_K, TOP_P, Case, Inputs, Results, Setup
 from .reference import HEAD_DIM, resampling_taps
 from .sizes import PLAIN_SCALE, SCALES, WIDTH, C, V, positions
 
@@ -22,7 +22,7 @@ MAPS = ((256, 160), (64, 320), (16, 640))  # side and channels of the decoder's 
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """All cases in one storage type, the most telling first: one image and 64, last scale, then the rest."""
+    """All cases in one storage type, every operation's most telling first: one image, then 64, last scale, the rest."""
     grid = [
         ("d16", 1, LAST_SCALE),
         ("d30", 64, LAST_SCALE),
@@ -35,7 +35,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     ]
     seen = set()
     for i, (model, batch, k) in enumerate(grid):
-        for case in _cases_of(model, batch, k, dtype, MAPS if i >= 2 else MAPS[:1]):
+        for case in _cases_of(model, batch, k, dtype, MAPS if i >= 2 else MAPS[:1], unused=i == 0):
             if case.name not in seen:
                 seen.add(case.name)
                 yield case
@@ -50,12 +50,16 @@ def quick_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield case
 
 
-def _cases_of(model: str, batch: int, k: int, dtype: torch.dtype, maps: tuple[tuple[int, int], ...]) -> Iterator[Case]:
+def _cases_of(
+    model: str, batch: int, k: int, dtype: torch.dtype, maps: tuple[tuple[int, int], ...], unused: bool
+) -> Iterator[Case]:
+    """`unused`: also products that the engine leaves to the library, to see what they would take."""
     scales = SCALES[model]
     D, R, n, L = WIDTH[model], 2 * batch, scales[k] ** 2, positions(scales)
     M, begin = R * n, positions(scales[:k])
-    yield linear(M=M, K=D, N=4 * D, variant="gelu", dtype=dtype)
-    yield cached_attention(R=R, H=D // HEAD_DIM, n=n, begin=begin, L=L, dtype=dtype)
+    H = depth = D // HEAD_DIM  # of all published models
+    yield linear(M=M, K=4 * D, N=D, variant="int8", dtype=dtype)
+    yield cached_attention(R=R, H=H, n=n, begin=begin, L=L, dtype=dtype)
     yield adaln(R=R, n=n, D=D, dtype=dtype)
     yield draw(B=batch, n=n, V=V, C=C)
     before = min(k, len(scales) - 2)
@@ -64,15 +68,18 @@ def _cases_of(model: str, batch: int, k: int, dtype: torch.dtype, maps: tuple[tu
         yield groupnorm_silu(B=batch, side=side, C=channels, dtype=dtype, variant="sum")
         yield groupnorm_silu(B=batch, side=side, C=channels, dtype=dtype)
     yield upsample_sum(B=batch, side=128, C=160, dtype=dtype)
-    yield linear(M=M, K=D, N=3 * D, variant="", dtype=dtype)
-    yield linear(M=M, K=4 * D, N=D, variant="int8", dtype=dtype)
+    yield linear(M=M, K=D, N=V, variant="head", dtype=dtype)
+    yield linear(M=R, K=D, N=(6 * depth + 2) * D, variant="modulation", dtype=dtype)
     yield quantize_rows(M=M, K=D, dtype=dtype)
     yield to_pixels(B=batch, side=256, dtype=dtype)
     yield uniforms(B=batch, L=L)
     if k == LAST_SCALE:  # variants that tell nothing more elsewhere
-        yield cached_attention(R=R, H=D // HEAD_DIM, n=n, begin=begin, L=L, dtype=dtype, variant="plain")
+        yield cached_attention(R=R, H=H, n=n, begin=begin, L=L, dtype=dtype, variant="plain")
         yield draw(B=batch, n=n, V=V, C=C, variant="unguided")
         yield draw(B=batch, n=n, V=V, C=C, variant="smooth", begin=begin, ratio=k / (len(scales) - 1))
+    if unused:
+        yield linear(M=M, K=D, N=4 * D, variant="gelu", dtype=dtype)
+        yield linear(M=M, K=D, N=3 * D, variant="", dtype=dtype)
 
 
 def adaln(*, R: int, n: int, D: int, dtype: torch.dtype) -> Case:
@@ -134,31 +141,33 @@ def cached_attention(*, R: int, H: int, n: int, begin: int, L: int, dtype: torch
 
 
 def linear(*, M: int, K: int, N: int, variant: str, dtype: torch.dtype) -> Case:
-    """`variant`: empty, "gelu" or "int8"."""
+    """`variant`: empty, "gelu", "int8", or "head" and "modulation", whose bias and result are float32."""
     gelu, int8 = variant == "gelu", variant == "int8"
+    out_dtype = FP32 if variant in ("head", "modulation") else dtype
 
     def build(new: Inputs) -> Setup:
-        x_MK, bias_N = new.normal(M, K, dtype=dtype), new.normal(N, dtype=dtype)
-        out_MN = new.unwritten(M, N, dtype=dtype)
+        x_MK, bias_N = new.normal(M, K, dtype=dtype), new.normal(N, dtype=out_dtype)
+        out_MN = new.unwritten(M, N, dtype=out_dtype)
         weight_KN = new.integers(K, N) if int8 else (new.normal(K, N) / math.sqrt(K)).to(dtype)
         column_scale_N = (1 + new.uniform(N).float()) / (127 * math.sqrt(K)) if int8 else None
 
         def ours(op: Callable[..., Any]) -> Results:
             return (op(x_MK, weight_KN, bias_N, column_scale_N=column_scale_N, gelu=gelu, out_MN=out_MN),)
 
-        libraries: dict[str, Callable[[], Results]] = {}
-        if gelu and new.device.type == "cuda":  # on a CPU the fused call computes the exact GELU instead
-
-            def epilogue() -> Results:
+        def library() -> Results:
+            if gelu:
                 return (torch._addmm_activation(bias_N, x_MK, weight_KN, use_gelu=True),)
+            return (torch.addmm(bias_N, x_MK, weight_KN, out_dtype=FP32, out=out_MN),)
 
-            libraries[LIBRARY] = epilogue
+        # On a CPU the one computes the exact GELU instead, and the other does not exist.
+        has_library = (gelu or out_dtype != dtype) and new.device.type == "cuda"
         scale_N = None if column_scale_N is None else column_scale_N.to(dtype)
         provider = eager.linear_gelu if gelu else eager.linear
-        return Setup(ours=ours, eager=provider, arguments=(x_MK, weight_KN, bias_N, scale_N), libraries=libraries)
+        arguments = (x_MK, weight_KN, bias_N.to(dtype), scale_N)
+        return Setup(ours=ours, eager=provider, arguments=arguments, library=library if has_library else None)
 
-    item = dtype.itemsize
-    traffic = item * (M * K + N + M * N) + K * N * (1 if int8 else item) + (4 * N if int8 else 0)
+    item, wide = dtype.itemsize, out_dtype.itemsize
+    traffic = item * M * K + wide * (N + M * N) + K * N * (1 if int8 else item) + (4 * N if int8 else 0)
     return Case(
         operation="linear",
         variant=variant,

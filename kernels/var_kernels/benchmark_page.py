@@ -61,12 +61,14 @@ def _about(record: dict[str, Any] | None) -> str:
     how = (
         "Every kernel at the published sizes, beside what a user of PyTorch would write, eager and compiled, in µs. "
         "MB: every input read once, every output written once; GFLOP: products. Floor: the larger of moving at the "
-        "rate of a copy and computing at the rate of a large product. Ratio: times as long as the kernel."
+        "rate of a copy and computing at the rate of a large product. Ratio: times as long as the kernel. Compile: the "
+        "first row of each operation alone; library: one call of PyTorch that does all of it. An empty cell: no such "
+        "provider."
     )
     if record is None:
         return (
-            f"{how} Nothing is measured yet: {_AGAIN} writes its results beside this page, as "
-            "`gpu-<name>-kernels.json` and this table filled in."
+            f"{how} Nothing is measured yet: {_AGAIN} fills this table in and writes `gpu-<name>-kernels.json` beside "
+            "it."
         )
     machine, rates = record["machine"], record["ceilings"]
     facts = [machine["device"]]

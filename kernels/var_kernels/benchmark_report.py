@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -16,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import benchmark_gpu
 from .benchmark_setup import WrongResultError
+from .nvml import opened
 from .result_file import replace_file
 from .timing import Ceilings, Timing
 
@@ -107,7 +106,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     except metadata.PackageNotFoundError:
         triton = None
     found: dict[str, Any] = {"device": device.type, "torch": torch.__version__, "triton": triton}
-    found |= {"python": platform.python_version(), **benchmark_gpu.limits(device)}
+    with opened(device) as nvml:
+        found |= {"python": platform.python_version(), **nvml.limits()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
@@ -119,11 +119,6 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
-
-
-def slug(name: str) -> str:
-    """A GPU's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def print_report(report: Report, console: Console) -> None:

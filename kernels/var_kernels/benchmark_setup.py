@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ MISMATCHES = 0.005  # share of integers that may differ: a number on the border 
 
 GUIDANCE, TOP_K, TOP_P = 1.5, 900, 0.96  # of every draw
 
-EAGER, COMPILE, LIBRARY = "eager", "compile", "library epilogue"
+EAGER, COMPILE = "eager", "compile"
+LIBRARY = "library"  # one call of PyTorch that does all of it, where there is one
 PROVIDERS = (EAGER, COMPILE, LIBRARY)  # beside the kernels
 
 
@@ -74,7 +75,7 @@ class Setup:
     ours: Callable[[Callable[..., Any]], Results]  #: runs an implementation of the operation, returns its results
     eager: Callable[..., Results]
     arguments: tuple[Any, ...]  #: of `eager`
-    libraries: dict[str, Callable[[], Results]] = field(default_factory=dict)  #: further providers, by name
+    library: Callable[[], Results] | None = None  #: runs `LIBRARY`; None where there is no such call
     comparable: Callable[[Results], Results] = lambda results: results  #: results in a form that has one right value
 
 

@@ -2,7 +2,7 @@
 
 One program per (image, position) holds its V logits in registers. Each filter is a threshold on the logits, found by
 bisection over the 32 bits of unsigned integers that order as the logits do: 32 sums over V, and none where the filter
-is off. Bound by the latency of those sums; every logit is read once.
+is off. Expected to be bound by the latency of those sums, not measured yet; every logit is read once.
 
 The settings are read from memory, one set per image, so that a CUDA graph can replay with others.
 """
@@ -102,7 +102,7 @@ def draw(
             "BLOCK_V": block,
             "BLOCK_C": next_power_of_2(C),
         },
-        num_warps=min(max(block // 512, 1), 16),
+        num_warps=min(max(block // 512, 1), 16),  # 16 logits per thread; not measured yet
     )
 
 

@@ -17,7 +17,7 @@ from .launch import cdiv, launch, next_power_of_2, require_contiguous, require_d
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PROGRAMS = 128  # about one per multiprocessor: tiles shrink until there are as many
-PIPELINE_BYTES = 128 * 1024  # of operands on their way to a program; fits every GPU from compute capability 8.0 on
+PIPELINE_BYTES = 96 * 1024  # of operands on their way to a program; the smallest GPUs, 8.6 and 8.9, have 99 KiB for it
 GROUP_M = 8  # tiles of rows that take turns before the next columns, so that programs started together share both in L2
 
 

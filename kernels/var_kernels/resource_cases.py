@@ -23,7 +23,7 @@ POINTERS = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.float64: "fp64", tor
 POINTERS |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 MAPS = ((16, 640), (32, 640), (32, 320), (64, 320), (128, 320), (128, 160), (256, 160), (512, 160))  # side, channels
-LAYERS = ("qkv", "fc1", "fc2", "head")
+LAYERS = ("qkv", "fc1", "fc2", "head", "modulation")
 Arguments = dict[str, Any]
 
 
@@ -92,11 +92,15 @@ def _linear(
     model: str, side: int, dtype: torch.dtype, *, layer: str = "qkv", R: int = 2, int8: bool = False
 ) -> Arguments:
     M, D = R * side**2, WIDTH[model]
-    K, N = {"qkv": (D, 3 * D), "fc1": (D, 4 * D), "fc2": (4 * D, D), "head": (D, V)}[layer]
+    modulations = (
+        8 * D if model == "d36-s" else (6 * D // HEAD_DIM + 2) * D
+    )  # of one projection for all; of every block
+    sides = {"qkv": (D, 3 * D), "fc1": (D, 4 * D), "fc2": (4 * D, D), "head": (D, V), "modulation": (D, modulations)}
+    K, N = sides[layer]
     weight_KN, column_scale_N = (_t(K, N, dtype=torch.int8), _t(N)) if int8 else (_t(K, N, dtype=dtype), None)
-    weights = {"weight_KN": weight_KN, "bias_N": _t(N, dtype=dtype), "column_scale_N": column_scale_N}
-    out_MN = _t(M, N, dtype=FP32 if layer == "head" else dtype)
-    return {"x_MK": _t(M, K, dtype=dtype), **weights, "gelu": layer == "fc1", "out_MN": out_MN}
+    result = FP32 if layer in ("head", "modulation") else dtype
+    weights = {"weight_KN": weight_KN, "bias_N": _t(N, dtype=result), "column_scale_N": column_scale_N}
+    return {"x_MK": _t(M, K, dtype=dtype), **weights, "gelu": layer == "fc1", "out_MN": _t(M, N, dtype=result)}
 
 
 def _next_scale(model: str, side: int) -> Arguments:
@@ -172,6 +176,7 @@ CASES = (
     *(_case(_groupnorm_silu, 256, dtype, C=160, bias=True, keep=True, quick=True) for dtype in (FP16, FP32)),
     *(_case(_groupnorm_silu, 256, dtype, C=160, branch=True, bias=True, quick=True) for dtype in (FP16, FP32)),
     *(_case(_groupnorm_silu, 256, dtype, C=160) for dtype in (BF16, FP32)),
+    _case(_groupnorm_silu, 1, BF16, C=64, branch=True, bias=True, quick=True),  # Triton makes sizes of 1 constants
     *(_case(_linear, "d16", side, BF16, layer=layer) for side in (1, 6, 16) for layer in LAYERS),
     *(_case(_linear, "d30", side, BF16, layer=layer) for side in (1, 16) for layer in LAYERS),
     *(_case(_linear, "d36-s", 32, BF16, layer=layer) for layer in LAYERS),

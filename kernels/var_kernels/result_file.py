@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,17 +20,15 @@ def refuse_unwritable(*paths: Path | None) -> None:
 
 
 def _obstacle(path: Path) -> str | None:
-    """Missing folders are none."""
+    """Missing directories are none."""
     if path.is_dir():
-        return "got a folder, expected a file name; add one"
+        return "got a directory, expected a file name; add one"
     nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     try:
         with tempfile.TemporaryFile(dir=nearest):  # permissions say nothing to root, nor of a disk that is full
             return None
     except OSError as error:
-        return (
-            f"cannot write ({error.strerror}: {nearest}), expected a folder that takes new files; choose another place"
-        )
+        return f"cannot write ({error.strerror}: {nearest}); choose another place"
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -38,3 +37,8 @@ def replace_file(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+def slug(name: str) -> str:
+    """A GPU's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -2,7 +2,8 @@
 
     pixel = clamp((x + bias_c + 1)/2, 0, 1);   byte = pixel·255, rounded to nearest, halves to even
 
-Bound by memory: x is read once, both results are written once. One program per run of pixels of an image.
+Expected to be bound by memory, not measured yet: x is read once, both results are written once. One program per run of
+pixels of an image.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .launch import cdiv, launch, require_contiguous, require_dtype, require_shape
 
-BLOCK = 512  # pixels of a program: four neighbours per thread, one 16-byte store to a plane
+BLOCK = 512  # pixels of a program: four neighbours per thread, one 16-byte store to a plane; not measured yet
 
 
 def to_pixels(x_Bl3: Tensor, bias_3: Tensor, *, pixels_out_B3RR: Tensor, bytes_out_BRR3: Tensor) -> None:

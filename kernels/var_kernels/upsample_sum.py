@@ -2,8 +2,9 @@
 
     out[2i + a, 2j + b] = x[i, j] + branch[i, j] + conv_bias   for a and b in {0, 1}
 
-Bound by memory: x and branch are read once, out is written once. One program per run of cells of an image; channels
-come in runs of a power of two that divides C, so that no thread is idle and the place of a run is computed once.
+Expected to be bound by memory, not measured yet: x and branch are read once, out is written once. One program per run
+of cells of an image; channels come in runs of a power of two that divides C, so that no thread is idle and the place of
+a run is computed once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from .launch import cdiv, launch, require_contiguous, require_shape
 
-BLOCK = 1024  # values of a program: eight neighbours per thread, which are 16 bytes of a 2-byte type
+BLOCK = 1024  # values of a program: eight neighbours per thread, which are 16 bytes of a 2-byte type; not measured yet
 
 
 def upsample_sum(
     x_BhwC: Tensor, *, branch_BhwC: Tensor | None = None, conv_bias_C: Tensor | None = None, out_BHWC: Tensor
 ) -> Tensor:
-    """See `reference.upsample_sum`. Fast where a power of two from 8 on divides C."""
+    """See `reference.upsample_sum`. Meant for widths that a power of two from 8 on divides; any width works."""
     B, h, w, C = x_BhwC.shape
     require_contiguous(x_BhwC=x_BhwC, branch_BhwC=branch_BhwC, conv_bias_C=conv_bias_C, out_BHWC=out_BHWC)
     if branch_BhwC is not None:

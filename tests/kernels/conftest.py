@@ -1,12 +1,14 @@
 """Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before Triton loads.
 
-The interpreter checks what a kernel computes, not how it compiles; `test_resources.py` compiles every kernel. Its bf16
-`tl.dot` multiplies bit patterns, so bf16 is tested on a GPU only.
+On a GPU whatever takes `device` is marked `gpu`, so that `-m gpu` runs every kernel. The interpreter checks what a
+kernel computes, not how it compiles; `test_resources.py` compiles every kernel. Its bf16 `tl.dot` multiplies bit
+patterns and its conversion to bf16 cuts off, so bf16 is tested on a GPU only.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,15 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """Where kernels run in this session."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With CUDA, the tests beside this file that run on the device need it."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == Path(__file__).parent and "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
 
 
 #: Storage types of a parametrised test: bf16 needs a GPU.
@@ -53,3 +64,18 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, f
 def near():
     """`near(got, expected, dtype, factor=1)`."""
     return assert_near
+
+
+def assert_rounded_once(got: torch.Tensor, exact: torch.Tensor) -> None:
+    """Every bf16 element within one rounding of float64, which is 2⁻⁸ of itself with 8 significant bits.
+
+    What is added up in float32 before it, where terms cancel too, may be 1e-5 of the largest element off.
+    """
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5 * max(1.0, exact.abs().max().item()))
+
+
+@pytest.fixture
+def rounded_once():
+    """`rounded_once(got, exact)`."""
+    return assert_rounded_once

@@ -28,13 +28,25 @@ def test_against_the_reference(R, n, D, with_y, dtype, device, near):
     near(x_MD, expected_x_MD, torch.float32)
 
 
-def test_many_tokens(device, near):
-    x_MD, y_MD, gamma_RD, scale_RD, shift_RD = tensors(1, 1024, 96, torch.float32, device)
-    expected_x_MD, out_MD = x_MD.clone(), torch.full_like(x_MD, torch.nan)
+def test_many_tokens(dtype, device, near):
+    x_MD, y_MD, gamma_RD, scale_RD, shift_RD = tensors(1, 1024, 96, dtype, device)
+    expected_x_MD, out_MD = x_MD.clone(), torch.full_like(y_MD, torch.nan)
     expected_MD = reference.adaln(expected_x_MD, y_MD, gamma_RD, scale_RD, shift_RD, out_MD=torch.empty_like(out_MD))
     adaln(x_MD, y_MD, gamma_RD, scale_RD, shift_RD, out_MD=out_MD)
-    near(out_MD, expected_MD, torch.float32)
+    near(out_MD, expected_MD, dtype)
     near(x_MD, expected_x_MD, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("R", "n", "D"), [(2, 36, 320), (2, 256, 1024), (4, 16, 1920)])
+def test_bf16_against_float64(R, n, D, device, near, rounded_once):
+    """The reference itself in float64: bf16 is exact in the float32 that it takes y as."""
+    x_MD, y_MD, *modulation = tensors(R, n, D, torch.bfloat16, device)
+    exact_x_MD, exact_MD = x_MD.double(), torch.empty(R * n, D, dtype=torch.float64, device=device)
+    gamma_RD, scale_RD, shift_RD = (vector_RD.double() for vector_RD in modulation)
+    reference.adaln(exact_x_MD, y_MD, gamma_RD, scale_RD, shift_RD, out_MD=exact_MD)
+    rounded_once(adaln(x_MD, y_MD, *modulation, out_MD=torch.full_like(y_MD, torch.nan)), exact_MD)
+    near(x_MD, exact_x_MD, torch.float32)
 
 
 def test_a_large_mean_does_not_swallow_the_variance(device, near):

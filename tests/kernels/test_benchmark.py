@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
-import types
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -19,12 +19,11 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from var_deploy.bench import suite
 from var_deploy.config import PLAIN_SCALE
-from var_kernels import benchmark, benchmark_cases, benchmark_gpu, ops, result_file, sizes
+from var_kernels import benchmark, benchmark_cases, ops, result_file, sizes
 from var_kernels.benchmark import run
 from var_kernels.benchmark_page import page
-from var_kernels.benchmark_report import BenchmarkError, print_report, slug
+from var_kernels.benchmark_report import BenchmarkError, print_report
 from var_kernels.benchmark_setup import COMPILE, EAGER, LIBRARY, PROVIDERS, Inputs, WrongResultError, check
 from var_kernels.ops import OPERATIONS, reference_ops
 from var_kernels.timing import Ceilings
@@ -59,6 +58,8 @@ def tiny_cases(dtype=torch.float32):
         benchmark_cases.linear(M=12, K=48, N=20, variant="", dtype=dtype),
         benchmark_cases.linear(M=12, K=48, N=20, variant="gelu", dtype=dtype),
         benchmark_cases.linear(M=12, K=48, N=20, variant="int8", dtype=dtype),
+        benchmark_cases.linear(M=12, K=48, N=20, variant="head", dtype=dtype),
+        benchmark_cases.linear(M=2, K=48, N=40, variant="modulation", dtype=dtype),
         benchmark_cases.next_scale(B=2, p=2, q=3, h=5, C=8, D=64),
         benchmark_cases.quantize_rows(M=7, K=48, dtype=dtype),
         benchmark_cases.to_pixels(B=2, side=6, dtype=dtype),
@@ -83,7 +84,7 @@ def test_every_operation_has_a_row_with_the_right_results_of_all_providers(stora
     assert len(report.rows) == len(tiny_cases())
     assert {row.operation for row in report.rows} == set(OPERATIONS)
     for row in report.rows:
-        assert list(row.providers) == ["reference", EAGER]  # the fused epilogue is another function on a CPU
+        assert list(row.providers) == ["reference", EAGER]  # the library's calls are for a GPU
         assert row.providers["reference"].error == 0
         for measured in row.providers.values():
             assert measured.timing.count == 2
@@ -92,9 +93,21 @@ def test_every_operation_has_a_row_with_the_right_results_of_all_providers(stora
 
 def test_what_is_compiled_is_one_graph_with_the_same_results(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no compiler
-    report = measure(tiny_cases(), providers=(COMPILE,))
-    assert all(list(row.providers) == ["reference", COMPILE] for row in report.rows)
-    assert len(report.rows) == len(tiny_cases())
+    for case in tiny_cases():
+        (row,) = measure([case], providers=(COMPILE,)).rows
+        assert list(row.providers) == ["reference", COMPILE]
+
+
+def test_only_the_first_row_of_an_operation_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    report = measure(tiny_cases(), providers=(EAGER, COMPILE))
+    compiled = [row.operation for row in report.rows if COMPILE in row.providers]
+    assert compiled == list(dict.fromkeys(row.operation for row in report.rows))
+    assert all(EAGER in row.providers for row in report.rows)
+    lines = page(report.record(), tiny_cases()).splitlines()
+    (first,) = [line for line in lines if line.startswith("| linear M=12 ")]
+    (second,) = [line for line in lines if line.startswith("| linear gelu ")]
+    assert [line.split("|")[11].strip() != "" for line in (first, second)] == [True, False]
 
 
 @pytest.mark.parametrize("case", tiny_cases(torch.bfloat16), ids=lambda case: case.name)
@@ -150,7 +163,17 @@ def test_the_published_sizes_are_all_there_once_and_the_telling_ones_first():
     every = list(benchmark_cases.cases(torch.bfloat16))
     names = [case.name for case in every]
     assert len(set(names)) == len(names)
-    assert names[0] == "linear gelu M=512 K=1024 N=4096"
+    firsts = {case.operation: case.name for case in reversed(every)}
+    assert [firsts[name] for name in ("linear", "cached_attention", "draw")] == [
+        "linear int8 M=512 K=4096 N=1024",
+        "cached_attention R=2 H=16 n=256 begin=424",
+        "draw B=1 n=256 V=4096",
+    ]
+    # What the library multiplies has one row each, for comparison.
+    assert [name for name in names if re.match("linear (gelu|M)", name)] == [
+        "linear gelu M=512 K=1024 N=4096",
+        "linear M=512 K=1024 N=3072",
+    ]
     assert {
         "adaln R=128 n=256 D=1920",
         "cached_attention R=2 H=30 n=256 begin=424",
@@ -161,7 +184,10 @@ def test_the_published_sizes_are_all_there_once_and_the_telling_ones_first():
         "groupnorm_silu B=1 side=64 C=320",
         "groupnorm_silu B=1 side=16 C=640",
         "linear int8 M=32768 K=7680 N=1920",
-        "linear M=32 K=1920 N=5760",
+        "linear head M=512 K=1024 N=4096",
+        "linear head M=32768 K=1920 N=4096",
+        "linear modulation M=2 K=1024 N=100352",
+        "linear modulation M=2 K=1920 N=349440",
         "next_scale B=1 p=13 q=16 D=1024",
         "next_scale B=64 p=4 q=5 D=1920",
         "quantize_rows M=512 K=1024",
@@ -407,10 +433,11 @@ def test_the_command_measures_what_it_is_asked_for(command, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "results" / "gpu-nvidia-h200-nvl-kernels.json").read_text())
     rows = record["rows"]
-    assert [(row["operation"], row["dtype"]) for row in rows] == [("adaln", "bfloat16")] + [("linear", "bfloat16")] * 3
+    assert [(row["operation"], row["dtype"]) for row in rows] == [("adaln", "bfloat16")] + [("linear", "bfloat16")] * 5
     assert list(rows[0]["providers"]) == ["reference", EAGER]
-    written = (tmp_path / "results" / "gpu-nvidia-h200-nvl-kernels.md").read_text(encoding="utf-8")
+    written = (tmp_path / "results" / "gpu-kernels.md").read_text(encoding="utf-8")
     assert written == page(record, tiny_cases(torch.bfloat16))
+    assert len(list((tmp_path / "results").iterdir())) == 2
 
 
 def test_the_command_fails_where_a_provider_is_wrong_but_shows_the_rest(command, monkeypatch):
@@ -448,14 +475,20 @@ def test_without_a_gpu_the_command_says_so_and_measures_nothing(command, monkeyp
 # --- The page ---
 
 
-def test_the_page_in_the_repository_lists_what_would_be_measured(tmp_path):
+def test_the_page_in_the_repository_is_of_nothing_or_of_a_record_beside_it():
     """Written by the command alone, so that it cannot name rows that are no longer there."""
+    kept = ROOT / "docs" / "results" / "gpu-kernels.md"
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in kept.parent.glob("gpu-*-kernels.json")]
+    pages = [page(record, list(benchmark_cases.cases(torch.bfloat16))) for record in (None, *records)]
+    assert kept.read_text(encoding="utf-8") in pages, "run: make pages"
+
+
+def test_without_a_record_the_page_lists_what_would_be_measured(tmp_path):
     app = typer.Typer()
     app.command()(benchmark.main)
     result = CliRunner().invoke(app, ["--table", str(tmp_path / "page.md")])
     assert result.exit_code == 0, result.output
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert text == (ROOT / "docs" / "results" / "gpu-kernels.md").read_text(encoding="utf-8"), "run: make kernels"
     assert text.count("| not measured |") == len(list(benchmark_cases.cases(torch.bfloat16)))
     assert "| draw B=1 n=256 V=4096 | float32 | 8.46 |  | not measured |" in text
 
@@ -492,74 +525,13 @@ def test_a_record_fills_the_page(tmp_path):
     assert "| adaln R=2 n=9 D=192 | float32 | 0.0599 |  | failed |" in page(failing, planned)
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "Tesla V100-SXM2-16GB"])
-def test_files_are_named_as_those_of_the_suite(name):
-    assert slug(name) == suite.slug(name)
-
-
 # --- What is read of the GPU ---
 
-
-class NVML(types.ModuleType):
-    """A stand-in for the library: one GPU at 1,755 MHz whose memory clock cannot be read."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
-
-    def __init__(self):
-        super().__init__("pynvml")
-        self.open = 0
-
-    def nvmlInit(self):
-        self.open += 1
-
-    def nvmlShutdown(self):
-        self.open -= 1
-
-    def nvmlDeviceGetHandleByUUID(self, uuid):
-        assert uuid == "GPU-12ab"
-        return object()
-
-    def nvmlSystemGetDriverVersion(self):
-        return b"580.1"
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle):
-        return 700_000
-
-    def nvmlDeviceGetMaxClockInfo(self, handle, clock):
-        return {1: 1980, 2: 3201}[clock]
-
-    def nvmlDeviceGetClockInfo(self, handle, clock):
-        return {1: 1755}[clock]
-
-
 UNREAD = {"driver": None, "sm_clock_limit_mhz": None, "memory_clock_limit_mhz": None, "power_limit_watts": None}
-LIMITS_READ = {
-    "driver": "580.1",
-    "sm_clock_limit_mhz": 1980,
-    "memory_clock_limit_mhz": 3201,
-    "power_limit_watts": 700.0,
-}
-
-
-def test_driver_limits_and_clocks_are_read_of_the_gpu_of_that_identity(monkeypatch):
-    library = NVML()
-    monkeypatch.setitem(sys.modules, "pynvml", library)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12ab"))
-    assert benchmark_gpu.limits(torch.device("cuda")) == LIMITS_READ
-    assert benchmark_gpu.clocks(torch.device("cuda")) == {"sm_clock_mhz": 1755, "memory_clock_mhz": None}
-    assert library.open == 0
-
-
-def test_a_gpu_that_nvml_does_not_know_leaves_the_driver(monkeypatch):
-    library = NVML()
-    monkeypatch.setitem(sys.modules, "pynvml", library)
-    assert benchmark_gpu.limits(CPU) == {**UNREAD, "driver": "580.1"}
-    assert library.open == 0
 
 
 def test_without_nvml_nothing_is_known_and_nothing_fails(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it raises ImportError
-    assert benchmark_gpu.limits(CPU) == UNREAD
     measure([tiny_case("adaln")], out=tmp_path / "rows.json")
     record = json.loads((tmp_path / "rows.json").read_text())
     assert UNREAD.items() <= record["machine"].items()
@@ -579,19 +551,18 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(program, tmp_p
     paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    named = path / "gpu-kernels.json" if option == "--out" else path
+    named = path / "gpu-kernels.md" if option == "--out" else path
     assert done.stderr == (
-        f"error: {named}: cannot write (Not a directory: {tmp_path / 'file'}), expected a folder that takes new files; "
-        "choose another place\n"
+        f"error: {named}: cannot write (Not a directory: {tmp_path / 'file'}); choose another place\n"
     )
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_a_folder_is_no_file_and_missing_folders_are_made(tmp_path, capsys):
+def test_a_directory_is_no_file_and_missing_directories_are_made(tmp_path, capsys):
     with pytest.raises(typer.Exit) as refused:
         result_file.refuse_unwritable(None, tmp_path)
     assert refused.value.exit_code == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}: got a folder, expected a file name; add one\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: got a directory, expected a file name; add one\n"
     result_file.refuse_unwritable(tmp_path / "a" / "b" / "rows.json")
     assert list(tmp_path.iterdir()) == []
     result_file.replace_file(tmp_path / "a" / "b" / "rows.json", "{}")
@@ -600,13 +571,13 @@ def test_a_folder_is_no_file_and_missing_folders_are_made(tmp_path, capsys):
 
 @pytest.mark.gpu
 def test_on_a_gpu_all_providers_of_every_operation_are_right_and_timed():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    cases = [case for case in benchmark_cases.quick_cases(torch.bfloat16) if case.operation != "cached_attention"]
-    report = run(torch.device("cuda"), cases[:3], ops.triton_ops(), PROVIDERS, repeats=5)
-    assert all({"triton", EAGER, COMPILE} <= row.providers.keys() for row in report.rows)
-    assert LIBRARY in report.rows[0].providers
+    cases = tiny_cases(torch.bfloat16)
+    report = run(torch.device("cuda"), cases, ops.triton_ops(), PROVIDERS, repeats=5)
+    assert [(row.operation, row.variant) for row in report.rows] == [(case.operation, case.variant) for case in cases]
+    assert {row.operation for row in report.rows if COMPILE in row.providers} == set(OPERATIONS)
+    assert {row.variant for row in report.rows if LIBRARY in row.providers} == {"gelu", "head", "modulation"}
     for row in report.rows:
+        assert {"triton", EAGER} <= row.providers.keys()
         for measured in row.providers.values():
             assert measured.timing.how.startswith("CUDA graph")
             assert 0 < measured.share < 1.5

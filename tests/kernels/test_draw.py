@@ -22,6 +22,8 @@ MARGIN = 1e-5
 JUST_BELOW_ONE = np.nextafter(1.0, 0.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+pytestmark = pytest.mark.usefixtures("device")  # whatever runs here runs on DEVICE, the same
+
 
 def call(function, logits_RnV, uniforms_Bn, top_k, top_p, *, strength=0.0, temperature=1.0, guided=False, **smooth):
     """Runs a draw; settings are numbers or one per image. Returns tokens, codes, invalid and the smooth weights."""
@@ -280,8 +282,8 @@ def test_smooth_weights(V, ratio, near):
 # --- Memory ---
 
 
-def test_slices_of_larger_buffers():
-    """Uniforms and tokens are positions 3 … 4 of a request's; nothing beside any buffer is read or written."""
+def test_nothing_outside_slices_of_larger_buffers_is_read_or_written():
+    """Uniforms and tokens are positions 3 … 4 of a request's."""
     logits_BnV, uniforms_BL = torch.full((4, 2, 97), torch.nan), torch.full((2, 9), torch.nan, dtype=torch.float64)
     logits_BnV[1:3], uniforms_BL[:, 3:5] = torch.randn(2, 2, 97), torch.rand(2, 2, dtype=torch.float64)
     codebook_VC = torch.full((99, 5), torch.nan)

@@ -147,6 +147,19 @@ def test_in_place(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("cells", "C"), [(300, 160), (4096, 320)])
+def test_bf16_against_float64(cells, C, device, rounded_once):
+    """The sum, and the norm of the sum as it was rounded."""
+    x_BlC, weight_C, bias_C = tensors(2, cells, C, torch.bfloat16, device)
+    added, out_BlC = summands(SUMS["branch and bias"], x_BlC), torch.full_like(x_BlC, torch.nan)
+    groupnorm_silu(x_BlC, weight_C, bias_C, silu=True, **added, out_BlC=out_BlC)
+    sum_BlC = added["sum_out_BlC"]
+    rounded_once(sum_BlC, x_BlC.double() + added["branch_BlC"].double() + added["conv_bias_C"].double())
+    normed_BCl = F.group_norm(sum_BlC.double().mT, 32, weight_C.double(), bias_C.double(), eps=1e-6)
+    rounded_once(out_BlC, F.silu(normed_BCl).mT)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("B", "cells", "C"), [(2, 256, 640), (2, 4096, 320), (2, 65536, 160), (1, 65536, 320), (1, 262144, 160)]
 )

@@ -73,10 +73,10 @@ GOOD = Row(operation="adaln", case="d16", kernel="k", capability=80, warps=4, re
     ("change", "line"),
     [
         ({}, None),
-        ({"shared_bytes": 163 * 1024}, None),
+        ({"shared_bytes": 99 * 1024}, None),
         ({"shared_bytes": 227 * 1024, "capability": 90}, None),
         ({"note": "not for this capability", "registers": None, "spill_bytes": None}, None),
-        ({"shared_bytes": 163 * 1024 + 1}, "adaln (d16) k on capability 80: 166913 shared bytes, limit 166912"),
+        ({"shared_bytes": 99 * 1024 + 1}, "adaln (d16) k on capability 80: 101377 shared bytes, limit 101376"),
         (
             {"shared_bytes": 240000, "capability": 100},
             "adaln (d16) k on capability 100: 240000 shared bytes, limit 232448",
@@ -161,7 +161,7 @@ def test_a_case_that_fails_and_a_missing_operation_are_reported(in_this_process,
 def test_a_path_that_cannot_be_written_is_refused_before_anything_compiles(option, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(resources, "rows_of", lambda *_: pytest.fail("compiled"))
     assert status(**{option: tmp_path}) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}: got a folder, expected a file name; add one\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: got a directory, expected a file name; add one\n"
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

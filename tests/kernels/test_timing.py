@@ -199,8 +199,6 @@ def test_the_floor_is_the_larger_of_both_times():
 
 @pytest.mark.gpu
 def test_a_gpu_replays_a_graph_and_reaches_a_plausible_rate():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     x = torch.randn(1 << 26, device="cuda")
     found = time_cuda(lambda: x.add_(1.0), repeats=20)
     assert found.how == "CUDA graph, sets of buffers: 1, L2 flushed"
@@ -209,8 +207,6 @@ def test_a_gpu_replays_a_graph_and_reaches_a_plausible_rate():
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_flush_keeps_a_small_input_out_of_the_cache():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     x = torch.randn(cache // 8, device="cuda")  # half of the cache
     cold, warm = (time_cuda(lambda: x.sum(), repeats=200, flush=flush).median for flush in (True, False))
@@ -220,8 +216,6 @@ def test_on_a_gpu_the_flush_keeps_a_small_input_out_of_the_cache():
 @pytest.mark.gpu
 def test_a_gpu_goes_on_after_a_capture_that_failed():
     """In a process of its own: PyTorch leaves the capture of random numbers on."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     program = (
         "import torch; from var_kernels.timing import time_cuda\n"
         "x = torch.ones(8, device='cuda')\n"
@@ -236,8 +230,6 @@ def test_a_gpu_goes_on_after_a_capture_that_failed():
 
 @pytest.mark.gpu
 def test_ceilings_of_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     found = ceilings("cuda")
     assert found.flops_per_second["bfloat16"] > found.flops_per_second["float32"] > 1e11
     assert (found.flops_per_second["float8_e4m3fn"] is not None) == (torch.cuda.get_device_capability() >= (8, 9))

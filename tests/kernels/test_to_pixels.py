@@ -61,6 +61,22 @@ def test_nothing_outside_the_buffers_is_touched(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("R", [37, 256])
+def test_bf16_against_float64(R, device):
+    x_Bl3, bias_3 = torch.randn(2, R * R, 3) * 0.8, torch.tensor([0.3, -0.2, 1e-3])
+    x_Bl3, bias_3 = x_Bl3.to(device, torch.bfloat16), bias_3.to(device, torch.bfloat16)
+    out = buffers(2, R, device)
+    to_pixels(x_Bl3, bias_3, **out)
+    exact_Bl3 = ((x_Bl3.double() + bias_3.double()) * 0.5 + 0.5).clamp(0, 1)
+    # Two float32 roundings: of x + bias, at most 1 where nothing is clamped, then halved; and of what is at most 1.
+    exact_B3RR = exact_Bl3.mT.reshape(2, 3, R, R)
+    torch.testing.assert_close(out["pixels_out_B3RR"].double(), exact_B3RR, rtol=0, atol=2**-24)
+    # A byte is off by a half at most, and by what the pixel is off where it lies beside a half.
+    level_BRR3 = 255 * exact_Bl3.reshape(2, R, R, 3)
+    torch.testing.assert_close(out["bytes_out_BRR3"].double(), level_BRR3, rtol=0, atol=0.5 + 1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("B", "R"), [(8, 256), (2, 512)])
 def test_published_sizes(B, R, dtype, device):
     x_Bl3, bias_3 = torch.randn(B, R * R, 3) * 0.8, torch.tensor([0.3, -0.2, 1e-3])

@@ -19,7 +19,8 @@ def seeds_tensor(seeds, device):
 
 @pytest.mark.parametrize("L", [1, 5, 127, 128, 129, 680])
 @pytest.mark.parametrize("function", [uniforms, reference.uniforms])
-def test_bit_for_bit_those_of_the_runtime(function, L, device):
+def test_against_the_reference_of_the_runtime(function, L, device):
+    """Bit for bit, as is the reference beside the kernel."""
     out_BL = torch.full((len(SEEDS), L), torch.nan, dtype=torch.float64, device=device)
     assert function(seeds_tensor(SEEDS, device), out_BL=out_BL) is out_BL
     expected_BL = np.stack([philox.uniforms(seed, 0, L) for seed in SEEDS])

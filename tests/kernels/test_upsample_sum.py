@@ -53,6 +53,16 @@ def test_the_maps_of_the_published_decoder(B, h, C, dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("h", "C"), [(5, 96), (64, 320)])
+def test_bf16_against_float64(h, C, device, rounded_once):
+    arguments = arguments_of(2, h, h, C, ("branch_BhwC", "conv_bias_C"), torch.bfloat16, device)
+    exact_BhwC = sum(tensor.double() for tensor in arguments.values())
+    out_BHWC = torch.full((2, 2 * h, 2 * h, C), torch.nan, dtype=torch.bfloat16, device=device)
+    upsample_sum(**arguments, out_BHWC=out_BHWC)
+    rounded_once(out_BHWC, exact_BhwC.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements(device):
     x_BhwC = torch.arange(1, 55, device=device).half().view(54, 1, 1, 1).expand(54, 256, 256, 160).contiguous()
     out_BHWC = upsample_sum(x_BhwC, out_BHWC=torch.zeros(54, 512, 512, 160, dtype=torch.float16, device=device))

@@ -241,7 +241,6 @@ def test_a_cpu_runs_every_precision(taken, precision):
 def test_float8_needs_a_hopper_gpu(taken, refused, monkeypatch, capability, runs):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("var_deploy.engines.torch.engine._float8_problem", lambda place: None)  # it has no such GPU
     if runs:
         assert taken("torch", "cuda", precision="fp8")["precision"] is Precision.FP8
     else:
@@ -305,6 +304,17 @@ def test_auto_takes_torch_for_a_gpu(taken, caplog, device):
 def test_auto_takes_onnx_for_a_cpu_even_beside_a_gpu(taken, caplog):
     expected = "engine onnx on cpu (the fastest engine on a CPU), static graphs"
     assert _logged(caplog, taken, "auto", "cpu", graphs="static") == ("onnx", expected)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_gpu_that_is_too_old_is_left_alone(taken, refused, caplog, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = "the GPU has compute capability 7.5, the kernels need 8.0 or later"
+    assert _logged(caplog, taken) == ("onnx", f"engine onnx on cpu ({reason}), symbolic graphs")
+    line = f"engine torch (asked for) on cpu ({reason}), precision fp32 (the default on a CPU), reference kernels"
+    assert _logged(caplog, taken, "torch") == ("torch", line)
+    assert refused("torch", "cuda") == f"device 'cuda': {reason}; use device 'cpu'"
 
 
 @pytest.mark.usefixtures("no_gpu")

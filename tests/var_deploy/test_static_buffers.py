@@ -187,6 +187,8 @@ def test_the_decoders_estimate_grows_with_images_and_halves_with_the_type():
     assert one == 4 * 4 * 160 * 256**2  # the widest map is the last: 160 channels of 256 × 256 in float32
     assert plan.decoder_activation_bytes(vqvae, 3, Precision.FP32) == 3 * one
     assert plan.decoder_activation_bytes(vqvae, 1, Precision.INT8) == one // 2
+    widening = VQVAEConfig(patch_nums=(1, 2, 3, 4), vocab_size=64, ch=32, ch_mult=(1, 2))
+    assert plan.decoder_activation_bytes(widening, 1, Precision.FP32) == 4 * 4 * 64 * 8**2  # 64 channels, enlarged
 
 
 def test_batches_run_in_the_next_bucket():

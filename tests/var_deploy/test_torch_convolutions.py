@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,33 @@ def test_what_a_caller_hands_over_stays_as_it_is(bundle):
     assert torch.equal(pixels_B3RR, before[1])
     for walk in (decoder, encoder):
         assert all(torch.equal(weight, weights[name]) for name, weight in walk._weights.items())
+
+
+class LiveMaps(TorchDispatchMode):
+    """Notes how many tensors of at least `size` elements hold memory whenever a convolution has run."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.most, self._size = 0, size
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._seen.append(weakref.ref(result))
+        if func is torch.ops.aten.convolution.default:
+            alive = (found for found in (seen() for seen in self._seen) if found is not None)
+            self.most = max(self.most, len({t.untyped_storage().data_ptr() for t in alive if t.numel() >= self._size}))
+        return result
+
+
+@torch.no_grad()
+def test_no_map_is_kept_that_nobody_needs(bundle):
+    """The residual, the convolution's input and its result; the memory plan counts one more, for its scratch."""
+    vqvae, walk = bundle.manifest.vqvae, _walk(bundle)
+    with LiveMaps(vqvae.ch * vqvae.image_size**2) as live:
+        walk.decode(torch.randn(1, vqvae.latent_size**2, vqvae.z_channels))
+    assert live.most == 3
 
 
 def test_the_decoder_is_one_graph_for_a_compiler(bundle):

@@ -32,10 +32,7 @@ from var_export.verify import verify_bundle
 from var_train import VAR, VQVAE, digits
 from var_train.presets import SCALES_256, randomise
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
 K = 4  #: scales of the tiny model

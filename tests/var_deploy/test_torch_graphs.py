@@ -62,6 +62,18 @@ def test_engines_share_no_stream_and_one_that_is_gone_leaves_its_own(monkeypatch
     assert stream_of_its_own(device).stream == gone
 
 
+def test_a_stream_of_an_engine_that_hangs_in_a_cycle_is_taken_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr("var_deploy.engines.torch.graphs._STREAMS_PER_DEVICE", 3)
+    device = torch.device("cuda", 0)
+    held = [stream_of_its_own(device) for _ in range(3)]
+    engine: dict[str, object] = {"stream": held.pop()}
+    engine["itself"] = engine
+    del engine
+    held.append(stream_of_its_own(device))
+    assert {stream.stream for stream in held} == {0, 1, 2}
+
+
 def test_a_capture_that_fails_for_another_reason_than_memory_is_one_line(monkeypatch):
     class Failing:
         def __init__(self, *_: object, **__: object) -> None: ...

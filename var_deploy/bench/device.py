@@ -17,8 +17,10 @@ from ..sampling import Settings
 from .floor import Floor, floor
 from .gpu import EnergyMeter, GpuReading, gpu_reading
 
-#: Replays in a row: at most so many and about so long, so that the tail of the distribution is seen.
+#: Replays in a row: at most so many and about so long, so that the tail of the distribution is seen; where a replay
+#: takes long, no more than these few.
 MAX_REPLAYS = 200
+MIN_REPLAYS = 10
 SECONDS = 1.0
 #: Replays of the stages, each a graph of its own.
 STAGE_REPLAYS = 20
@@ -80,7 +82,7 @@ def cuda_clock(engine: object) -> DeviceClock | None:
 def whole_seconds(
     clock: DeviceClock, request: BenchRequest, *, repeats: int, decode: bool = True, limit_seconds: float = SECONDS
 ) -> list[float]:
-    """Seconds of whole generations on the device, at least `repeats`; with or without the decoder."""
+    """Seconds of whole generations on the device, `repeats` or more, as time allows; with or without the decoder."""
     found: list[float] = []
 
     def once() -> None:
@@ -90,7 +92,8 @@ def whole_seconds(
     once()  # captures
     found.clear()
     begin = time.perf_counter()
-    while len(found) < repeats or (len(found) < MAX_REPLAYS and time.perf_counter() - begin < limit_seconds):
+    least = min(repeats, MIN_REPLAYS)
+    while len(found) < least or (len(found) < MAX_REPLAYS and time.perf_counter() - begin < limit_seconds):
         once()
     return found
 
@@ -163,7 +166,10 @@ def counted_floor(var: VARConfig, vqvae: VQVAEConfig, batch: int, settings: Sett
 
 
 def product_rate(rates: Rates, precision: Precision) -> float | None:
-    """Operations per second that a precision's matrix products can reach; 8-bit integer weights multiply in bf16."""
+    """Operations per second that a precision's matrix products can reach, None where that was not measured.
+
+    8-bit integer weights multiply in bf16.
+    """
     names = {
         Precision.FP32: "float32",
         Precision.FP16: "float16",
@@ -171,4 +177,4 @@ def product_rate(rates: Rates, precision: Precision) -> float | None:
         Precision.INT8: "bfloat16",
         Precision.FP8: "float8_e4m3fn",
     }
-    return rates.flops_per_second.get(names[precision]) or rates.flops_per_second.get("bfloat16")
+    return rates.flops_per_second.get(names[precision])

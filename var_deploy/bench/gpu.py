@@ -1,17 +1,13 @@
-"""What a measured result must say about the GPU it was measured on, read through NVML (package nvidia-ml-py).
+"""What a measured result must say about the GPU it was measured on, read through `var_kernels.nvml`.
 
-Nothing here raises and nothing needs a GPU: what cannot be read is None. NVML counts every GPU of the machine;
-`index` counts those that CUDA_VISIBLE_DEVICES leaves, as CUDA does, so both mean the same one.
+Nothing here needs a GPU: what cannot be read is None. `index` counts GPUs as CUDA does.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import Any, Self
 
 
@@ -43,19 +39,21 @@ class GpuReading:
 
 def gpu_record(index: int = 0) -> GpuRecord | None:
     """The GPU and its software; None without a GPU or without NVML."""
+    import torch
+
     with _opened(index) as nvml:
-        if nvml is None:
+        if not nvml.found:
             return None
         cuda = nvml.system("nvmlSystemGetCudaDriverVersion_v2")
-        memory = nvml.device("nvmlDeviceGetMemoryInfo")
+        limits = nvml.limits()
         return GpuRecord(
-            name=_text(nvml.device("nvmlDeviceGetName")),
-            driver=_text(nvml.system("nvmlSystemGetDriverVersion")),
+            name=nvml.device("nvmlDeviceGetName"),
+            driver=limits["driver"],
             cuda_driver=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
-            cuda_runtime=_cuda_runtime(),
-            memory_bytes=getattr(memory, "total", None),
-            sm_clock_limit_mhz=nvml.device("nvmlDeviceGetMaxClockInfo", nvml.constant("NVML_CLOCK_SM")),
-            power_limit_watts=_thousandth(nvml.device("nvmlDeviceGetEnforcedPowerLimit")),
+            cuda_runtime=torch.version.cuda,
+            memory_bytes=getattr(nvml.device("nvmlDeviceGetMemoryInfo"), "total", None),
+            sm_clock_limit_mhz=limits["sm_clock_limit_mhz"],
+            power_limit_watts=limits["power_limit_watts"],
             torch=_version("torch"),
             triton=_version("triton"),
         )
@@ -64,14 +62,13 @@ def gpu_record(index: int = 0) -> GpuRecord | None:
 def gpu_reading(index: int = 0) -> GpuReading | None:
     """Clocks, power, temperature and energy now; None without a GPU or without NVML."""
     with _opened(index) as nvml:
-        if nvml is None:
+        if not nvml.found:
             return None
         return GpuReading(
-            sm_clock_mhz=nvml.device("nvmlDeviceGetClockInfo", nvml.constant("NVML_CLOCK_SM")),
-            memory_clock_mhz=nvml.device("nvmlDeviceGetClockInfo", nvml.constant("NVML_CLOCK_MEM")),
-            power_watts=_thousandth(nvml.device("nvmlDeviceGetPowerUsage")),
-            temperature_celsius=nvml.device("nvmlDeviceGetTemperature", nvml.constant("NVML_TEMPERATURE_GPU")),
-            energy_joules=_energy(nvml),
+            **nvml.clocks(),
+            power_watts=nvml.thousandth("nvmlDeviceGetPowerUsage"),
+            temperature_celsius=nvml.device("nvmlDeviceGetTemperature", "NVML_TEMPERATURE_GPU"),
+            energy_joules=nvml.thousandth(_ENERGY),
         )
 
 
@@ -89,7 +86,7 @@ class EnergyMeter:
     def __init__(self, index: int = 0) -> None:
         self.joules: float | None = None
         self._index = index
-        self._nvml: _Nvml | None = None
+        self._nvml: Any = None
         self._begin: float | None = None
         self._open = ExitStack()
 
@@ -116,72 +113,16 @@ class EnergyMeter:
         self.stop()
 
     def _read(self) -> float | None:
-        return None if self._nvml is None else _energy(self._nvml)
+        return None if self._nvml is None else self._nvml.thousandth(_ENERGY)
 
 
-class _Nvml:
-    """The library and one device of it; a call that it lacks or refuses gives None."""
-
-    def __init__(self, library: Any, handle: Any) -> None:
-        self._library, self._handle = library, handle
-
-    def system(self, function: str) -> Any:
-        return _ask(self._library, function)
-
-    def device(self, function: str, *arguments: Any) -> Any:
-        return _ask(self._library, function, self._handle, *arguments)
-
-    def constant(self, name: str) -> Any:
-        return getattr(self._library, name, None)
+_ENERGY = "nvmlDeviceGetTotalEnergyConsumption"
 
 
-@contextmanager
-def _opened(index: int) -> Iterator[_Nvml | None]:
-    try:
-        library = import_module("pynvml")
-        library.nvmlInit()
-    except Exception:  # not installed, no driver, no permission: no GPU to tell of
-        yield None
-        return
-    try:
-        handle = _handle(library, index)
-        yield None if handle is None else _Nvml(library, handle)
-    finally:
-        _ask(library, "nvmlShutdown")
+def _opened(index: int) -> AbstractContextManager[Any]:
+    from var_kernels.nvml import opened  # imports PyTorch, which whoever has a GPU to ask about has loaded
 
-
-def _handle(library: Any, index: int) -> Any:
-    """NVML's handle of the GPU that CUDA numbers `index`, as far as the order of numbers is that of the bus."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(index)] if visible is None else [name.strip() for name in visible.split(",")]
-    position = 0 if visible is None else index
-    if not 0 <= position < len(names) or not names[position]:
-        return None
-    name = names[position]
-    if name.lstrip("-").isdigit():
-        return _ask(library, "nvmlDeviceGetHandleByIndex", int(name))
-    return _ask(library, "nvmlDeviceGetHandleByUUID", name)
-
-
-def _ask(library: Any, function: str, *arguments: Any) -> Any:
-    try:
-        return getattr(library, function)(*arguments)
-    except Exception:  # NVMLError: this GPU, driver or container does not tell; AttributeError: too old a binding
-        return None
-
-
-def _energy(nvml: _Nvml) -> float | None:
-    return _thousandth(nvml.device("nvmlDeviceGetTotalEnergyConsumption"))
-
-
-def _text(value: Any) -> str | None:
-    """Older bindings answer in bytes."""
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _thousandth(value: int | None) -> float | None:
-    """NVML counts milliwatts and millijoules."""
-    return None if value is None else value / 1000
+    return opened(index)
 
 
 def _version(package: str) -> str | None:
@@ -189,9 +130,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cuda_runtime() -> str | None:
-    """Of PyTorch where it is loaded, else of NVIDIA's runtime package; asking loads nothing."""
-    loaded = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
-    return loaded or _version("nvidia-cuda-runtime") or _version("nvidia-cuda-runtime-cu12")

@@ -120,8 +120,7 @@ def _about(record: dict[str, Any] | None) -> str:
     )
     if record is None:
         return (
-            f"{how} Nothing is measured yet: {again} writes its results beside this page, as `gpu-<name>.json`, the "
-            "same tables filled in, and a plot."
+            f"{how} Nothing is measured yet: {again} fills this page and writes `gpu-<name>.json` and a plot beside it."
         )
     gpu, rates = record.get("gpu") or {}, record.get("ceilings") or {}
     facts = [str(gpu.get("name"))]

@@ -18,6 +18,9 @@ log = logging.getLogger("var_deploy")
 
 ENGINES = ("onnx", "torch")
 
+#: What the kernels are compiled and checked for: Ampere, the first with bfloat16.
+MIN_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
@@ -72,7 +75,17 @@ def _best(device: str) -> tuple[str, str]:
 
     if not torch.cuda.is_available():
         return "onnx", "a GPU is there, but the installed PyTorch has no CUDA"
+    if problem := too_old(torch.cuda.get_device_capability(0)):
+        return "onnx", problem
     return "torch", "a GPU is there"
+
+
+def too_old(capability: tuple[int, int]) -> str | None:
+    """Why a GPU of this compute capability does not run the kernels; None where it does."""
+    if capability >= MIN_CAPABILITY:
+        return None
+    have, need = (".".join(map(str, number)) for number in (capability, MIN_CAPABILITY))
+    return f"the GPU has compute capability {have}, the kernels need {need} or later"
 
 
 def _driver_present() -> bool:

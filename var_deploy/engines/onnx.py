@@ -129,6 +129,9 @@ class OnnxEngine:
         options = ort.SessionOptions()
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        # Every session has threads of its own, which by default wait for work at full load for a tenth of a second:
+        # in the way of the next session, of the draws, and of whatever else the process does.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = self._bundle.file(self._bundle.manifest.graphs[name].file)

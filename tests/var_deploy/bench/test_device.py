@@ -24,6 +24,7 @@ from var_deploy.bench.device import (
 )
 from var_deploy.bench.gpu import GpuReading, GpuRecord
 from var_deploy.engines.torch import TorchEngine
+from var_deploy.errors import EngineError
 from var_deploy.precision import Precision
 from var_deploy.request import settings
 
@@ -167,6 +168,7 @@ def test_many_short_replays_show_the_tail_and_few_long_ones_suffice(pipe):
     clock, request = cuda_clock(pipe.engine), request_of(pipe, 1)
     assert clock is not None
     assert len(whole_seconds(clock, request, repeats=2, limit_seconds=0.0)) == 2
+    assert len(whole_seconds(clock, request, repeats=50, limit_seconds=0.0)) == 10
     ticks = iter(range(10_000))
     quick = type("Quick", (), {"device_seconds": lambda *_, **__: {"replay": float(next(ticks))}})()
     seconds = whole_seconds(quick, request, repeats=2, limit_seconds=60.0)
@@ -181,25 +183,33 @@ def test_free_gives_back_what_is_on_a_gpu_and_leaves_others_alone(pipe, calls):
 
 @pytest.mark.parametrize(
     ("precision", "rate"),
-    [(Precision.FP32, 1.0), (Precision.FP16, 2.0), (Precision.BF16, 3.0), (Precision.INT8, 3.0), (Precision.FP8, 3.0)],
+    [
+        (Precision.FP32, None),
+        (Precision.FP16, 2.0),
+        (Precision.BF16, 3.0),
+        (Precision.INT8, 3.0),
+        (Precision.FP8, None),
+    ],
 )
-def test_each_precision_has_its_rate_and_float8_falls_back_where_there_is_none(precision, rate):
+def test_each_precision_has_its_own_rate_or_none(precision, rate):
     class Rates:
         bytes_per_second = 1.0
-        flops_per_second = {  # noqa: RUF012
-            "float32": 1.0,
-            "float16": 2.0,
-            "bfloat16": 3.0,
-            "float8_e4m3fn": None,
-        }
+        flops_per_second = {"float16": 2.0, "bfloat16": 3.0, "float8_e4m3fn": None}  # noqa: RUF012
 
     assert product_rate(Rates(), precision) == rate
 
 
+def test_a_floor_without_its_rate_is_an_error(pipe):
+    class Rates:
+        bytes_per_second = 1e10
+        flops_per_second = {"bfloat16": 1e11}  # noqa: RUF012
+
+    with pytest.raises(EngineError, match="no ceiling of fp32 products was measured; leave the floor out"):
+        bench(pipe, batches=[1], repeats=1, reference=False, stages=False, ceilings=Rates())
+
+
 @pytest.mark.gpu
 def test_a_row_measured_on_a_gpu(tiny_bundle):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     pipe = var_deploy.load(tiny_bundle, engine="torch", device="cuda")
     ceilings = bench_device.measured_ceilings("cuda")
     for row in bench(pipe, batches=[1, 4], repeats=5, compiled=True, ceilings=ceilings):

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from var_deploy.bench import suite as bench_gpu
-from var_deploy.bench.suite import SUITE, Entry, Measurement, OnRow, SuiteRun, slug, write_page
+from var_deploy.bench.suite import COMPILE_SECONDS, SUITE, Entry, Measurement, OnRow, SuiteRun, write_page
 from var_deploy.bench.table import NOT_MEASURED, TARGETS, Goal, Target, outcome, page
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.errors import RequestError, VarDeployError, run_command
 from var_export import random_bundle
+from var_kernels.result_file import slug
 from var_train.presets import PRESETS
 
 ROOT = Path(__file__).parents[3]
@@ -58,18 +59,24 @@ def stored(out: Path) -> dict[str, Any]:
 
 
 def test_the_most_telling_rows_come_first_and_every_target_has_its_row():
-    names = [(entry.model, entry.precision, entry.batch) for entry in SUITE]
+    names = [(entry.model, entry.precision, entry.batch) for entry in SUITE if not entry.compiled]
     assert names[:3] == [("d16", "bf16", 1), ("d16", "bf16", 64), ("d30", "bf16", 1)]
     assert len(set(names)) == len(names)
     assert {entry.model for entry in SUITE} == set(PRESETS)
     assert {entry.precision for entry in SUITE if entry.model == "d16"} == {"bf16", "fp16", "int8", "fp8"}
     for target in TARGETS:
-        (entry,) = [e for e in SUITE if (e.model, e.precision, e.batch) == (target.model, "bf16", target.batch)]
+        entry = next(e for e in SUITE if (e.model, e.precision, e.batch) == (target.model, "bf16", target.batch))
         assert entry.reference or target.goal is not Goal.EAGER
     first = SUITE[0]
     assert first.reference
-    assert first.compiled
     assert first.stages
+
+
+def test_nothing_is_compiled_before_the_rows_of_the_targets():
+    (compiled,) = [i for i, entry in enumerate(SUITE) if entry.compiled]
+    rows = {(target.model, target.batch) for target in TARGETS}
+    assert rows <= {(entry.model, entry.batch) for entry in SUITE[:compiled] if entry.precision == "bf16"}
+    assert SUITE[compiled].name == "d16 bf16 batch 1, compiled reference"
 
 
 # ---- running it ------------------------------------------------------------------------------------------------------
@@ -82,39 +89,73 @@ def test_the_file_is_whole_after_every_row_and_as_soon_as_a_row_has_its_first_nu
         if out.is_file():
             seen.append([row["model"] for row in stored(out)["rows"]])
         on_row(measured(entry))
-        seen.append([(row["model"], row.get("compiled")) for row in stored(out)["rows"]][-1])
-        on_row(measured(entry, compiled=spread(0.004)))
+        seen.append([row["model"] for row in stored(out)["rows"]])
 
     suite_run(out, clock).run(ENTRIES[:2], measure)
-    assert seen == [("a", None), ["a"], ("b", None)]
+    assert seen == [["a"], ["a"], ["a", "b"]]
     record = stored(out)
-    assert [row["compiled"]["median"] for row in record["rows"]] == [0.004, 0.004]
     assert record["gpu"] == {"name": "Fake"}
     assert len(record["targets"]) == len(TARGETS)
     assert [path.name for path in out.parent.iterdir()] == ["gpu.json"]
 
 
-def test_rows_that_would_not_fit_the_budget_are_listed(tmp_path):
-    out, clock, done = tmp_path / "gpu.json", FakeClock(), []
-    entries = [
-        Entry(model="a", batch=1, compiled=True),
-        Entry(model="b", batch=1),
-        Entry(model="c", batch=1, compiled=True),
-        Entry(model="d", batch=1),
-        Entry(model="e", batch=1),
-    ]
+COMPILING = Entry(model="a", batch=1, compiled=True)
+
+
+def test_the_compiled_reference_joins_the_row_that_came_before(tmp_path):
+    out, seen = tmp_path / "gpu.json", []
 
     def measure(entry, on_row):
-        done.append(entry.model)
+        on_row(measured(entry, 0.009 if entry.compiled else 0.003, reference_how=None if entry.compiled else "eager"))
+        seen.append(stored(out)["rows"][0].get("compiled"))
+        if entry.compiled:
+            on_row(measured(entry, 0.009, compiled=spread(0.004), compiled_speedup=1.3, reference_how="bf16"))
+
+    suite_run(out, FakeClock()).run([*ENTRIES[:2], COMPILING], measure)
+    assert seen == [None, None, None]
+    first, second = stored(out)["rows"]
+    assert (first["seconds"]["median"], first["compiled"]["median"], first["compiled_speedup"]) == (0.003, 0.004, 1.3)
+    assert (first["reference_how"], first["failed"]) == ("bf16", {})
+    assert "compiled" not in second
+    assert page(stored(out), []).count("| a | bf16 | 1 |") == 1
+
+
+def test_a_reference_that_does_not_compile_leaves_the_row_as_it_was(tmp_path):
+    out = tmp_path / "gpu.json"
+
+    def measure(entry, on_row):
+        if entry.compiled and entry.batch == 2:
+            raise RuntimeError("gone")
+        on_row(measured(entry, failed={"compiled": "InductorError: no"} if entry.compiled else {}))
+
+    entries = [Entry(model="a", batch=2), COMPILING, Entry(model="a", batch=2, compiled=True), ENTRIES[1]]
+    suite_run(out, FakeClock()).run([ENTRIES[0], *entries], measure)
+    rows = stored(out)["rows"]
+    assert [(row["model"], row["batch"], row["failed"].get("compiled")) for row in rows] == [
+        ("a", 1, "InductorError: no"),
+        ("a", 2, "RuntimeError: gone"),
+        ("b", 1, None),
+    ]
+    assert all(row["seconds"]["median"] == 0.003 and "error" not in row for row in rows)
+    assert "- a bf16 batch 2, compiled: RuntimeError: gone" in page(stored(out), [])
+
+
+def test_rows_that_would_not_fit_the_budget_are_listed(tmp_path):
+    out, clock, done = tmp_path / "gpu.json", FakeClock(), []
+
+    def measure(entry, on_row):
+        done.append(entry.name)
         clock.now += 10
         on_row(measured(entry))
-        clock.now += 60 if entry.compiled else 0
 
-    suite_run(out, clock, budget=105).run(entries, measure)
-    # After a (70 s) and b (10 s) 25 s are left: too little for c, which compiles, enough for d and again for e.
-    assert done == ["a", "b", "d", "e"]
-    assert stored(out)["left_out"] == ["c bf16 batch 1: takes about 70 s, 25 s of the budget are left"]
-    assert stored(out)["spent_seconds"] == 100
+    suite_run(out, clock, budget=35).run([ENTRIES[0], COMPILING, *ENTRIES[1:]], measure)
+    # After a 25 s are left: too little to compile, enough for b and again for c.
+    assert done == ["a bf16 batch 1", "b bf16 batch 1", "c bf16 batch 1"]
+    assert stored(out)["left_out"] == [
+        f"a bf16 batch 1, compiled reference: takes about {10 + COMPILE_SECONDS:.0f} s, 25 s of the budget are left",
+        "d bf16 batch 1: takes about 10 s, 5 s of the budget are left",
+    ]
+    assert stored(out)["spent_seconds"] == 30
 
 
 def test_nothing_starts_once_the_budget_is_spent(tmp_path):
@@ -233,11 +274,11 @@ def test_a_run_that_is_terminated_writes_page_and_plot_of_what_it_has(fake_gpu, 
         run_command(lambda: bench_gpu.main(out=tmp_path, budget=450, device="cuda", table=None, record=None))
     assert ended.value.code == 143
     assert fake_gpu == ["d16 bf16 batch 1", "d16 bf16 batch 64", "d30 bf16 batch 1"]
-    files = {"gpu-nvidia-h200.json", "gpu-nvidia-h200.md"}
+    files = {"gpu-nvidia-h200.json", "gpu.md"}
     pytest.importorskip("matplotlib")
     assert {path.name for path in tmp_path.iterdir()} == files | {"gpu-nvidia-h200.png"}
     assert [row["batch"] for row in stored(tmp_path / "gpu-nvidia-h200.json")["rows"]] == [1, 64]
-    text = (tmp_path / "gpu-nvidia-h200.md").read_text(encoding="utf-8")
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "NVIDIA H200" in text
     assert "| d16, batch 1: time over floor | ≤ 1.8 × floor = 3.24 ms | 1.67 × floor = 3.00 ms | yes |" in text
@@ -301,7 +342,7 @@ def test_the_page_can_be_written_from_a_record_or_from_nothing(tmp_path):
     empty, record, full = tmp_path / "gpu.md", tmp_path / "gpu.json", tmp_path / "full.md"
     bench_gpu.main(out=tmp_path, budget=1, device="cuda", table=empty, record=None)
     text = empty.read_text(encoding="utf-8")
-    assert "Nothing is measured yet: `make bench-gpu` on a machine with an NVIDIA GPU writes its results" in text
+    assert "Nothing is measured yet: `make bench-gpu` on a machine with an NVIDIA GPU fills this page" in text
     for entry in SUITE:
         assert f"| {entry.model} | {entry.precision} | {entry.batch} | {NOT_MEASURED} |" in text
     assert text.count(f"| {NOT_MEASURED} | {NOT_MEASURED} |") == len(TARGETS)
@@ -313,9 +354,11 @@ def test_the_page_can_be_written_from_a_record_or_from_nothing(tmp_path):
     assert f"| d16 | bf16 | 64 | {NOT_MEASURED} |" in text
 
 
-def test_the_page_in_the_repository_is_the_one_this_suite_writes(tmp_path):
+def test_the_page_in_the_repository_is_of_nothing_or_of_a_record_beside_it(tmp_path):
     kept = ROOT / "docs" / "results" / "gpu.md"
-    assert kept.read_text(encoding="utf-8") == write_page(None, tmp_path / "gpu.md")
+    files = [path for path in kept.parent.glob("gpu-*.json") if not path.stem.endswith("-kernels")]
+    pages = [write_page(record, tmp_path / "gpu.md") for record in (None, *map(stored, files))]
+    assert kept.read_text(encoding="utf-8") in pages, "run: make pages"
 
 
 def test_names_of_gpus_become_names_of_files():
@@ -374,8 +417,6 @@ def small(monkeypatch) -> str:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_suite_measures_random_models_one_after_the_other(small, tmp_path, monkeypatch, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     made = []
     make = random_bundle.random_pipeline
     monkeypatch.setattr(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,11 @@ def library_convolutions() -> Iterator[None]:
             cudnn.enabled, cudnn.benchmark, cudnn.conv.fp32_precision = before
 
 
-class Sum(NamedTuple):
+@dataclass(slots=True)
+class Sum:
     """A map that is still to be added up: x + branch + bias, where None counts as 0.
 
-    The next norm adds it up in the memory of `x`, which nothing else may use and which holds the sum from then on.
+    The next norm adds it up in the memory of `x`, which nothing else may use, and then lets go of the rest.
     """
 
     x: Tensor
@@ -110,7 +112,9 @@ class Convolutions:
 
     def _residual(self, total: Sum, name: str) -> Sum:
         y = self._sum_of_conv(self._norm(total, f"{name}.norm1"), f"{name}.conv1")
-        branch = self._sum_of_conv(self._norm(y, f"{name}.norm2", keep=False), f"{name}.conv2")
+        normed = self._norm(y, f"{name}.norm2", keep=False)
+        del y  # a map that nobody needs would still take its memory while the convolution runs
+        branch = self._sum_of_conv(normed, f"{name}.conv2")
         x, shortcut = total.x, f"{name}.nin_shortcut"
         if f"{shortcut}.weight" in self._weights:
             x = _map(self._linear(_cells(x), shortcut), x.shape[-1])
@@ -161,6 +165,8 @@ class Convolutions:
             sum_out_BlC=x_BlC if keep else None,
             out_BlC=torch.empty_like(x_BlC),
         )
+        if keep:
+            total.branch = total.bias_C = None
         return out_BlC.unflatten(1, total.x.shape[-2:]).permute(0, 3, 1, 2)
 
 

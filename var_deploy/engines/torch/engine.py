@@ -24,6 +24,7 @@ from ...bundle import Bundle
 from ...errors import EngineError
 from ...precision import Precision
 from ...sampling import Settings, invalid_logits
+from ..choice import too_old
 from ..engine import LoopResult, ScaleListener
 from .buffers import Buffers
 from .convolutions import Convolutions, library_convolutions
@@ -63,13 +64,14 @@ def torch_engine(
     if precision is Precision.FP32 and products not in ("none", "ieee"):
         log.warning("float32 products may round: this process has PyTorch compute them as %r", products)
     log.info(
-        "engine torch (%s) on %s (%s), precision %s (%s), %s kernels",
+        "engine torch (%s) on %s (%s), precision %s (%s), %s kernels%s",
         reason,
         place,
         device_reason,
         precision,
         precision_reason,
         ops.name,
+        ", decoder by torch.compile" if compile_decoder else "",
     )
     return TorchEngine(
         bundle, place, precision=precision, ops=ops, decode_slice=decode_slice, compile_decoder=compile_decoder
@@ -78,40 +80,44 @@ def torch_engine(
 
 def _device(device: str) -> tuple[torch.device, str]:
     """The device meant, and why it is that one."""
-    available = torch.cuda.is_available()
-    if device == "cpu" or (device == "auto" and not available):
-        return torch.device("cpu"), "asked for" if device == "cpu" else f"PyTorch {torch.__version__} sees no GPU"
-    if not available:
-        raise EngineError(f"device {device!r}: PyTorch {torch.__version__} sees no GPU; use device 'cpu'")
+    if device == "cpu":
+        return torch.device("cpu"), "asked for"
     index = int(device.partition(":")[2] or 0)  # compared before PyTorch sees it, which keeps 8 bits of it
-    if index >= torch.cuda.device_count():
+    problem: str | None
+    if not torch.cuda.is_available():
+        problem = f"PyTorch {torch.__version__} sees no GPU"
+    elif index >= torch.cuda.device_count():
         raise EngineError(f"device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
-    return torch.device("cuda", index), "a GPU is there" if device == "auto" else "asked for"
+    else:
+        problem = too_old(torch.cuda.get_device_capability(index))
+    if problem is None:
+        return torch.device("cuda", index), "a GPU is there" if device == "auto" else "asked for"
+    if device == "auto":
+        return torch.device("cpu"), problem
+    raise EngineError(f"device {device!r}: {problem}; use device 'cpu'")
 
 
 def _require_fp8(bundle: Bundle, place: torch.device) -> None:
-    """Refuses sizes, devices and libraries without a float8 product, before any weight is loaded."""
+    """Refuses sizes and devices without a float8 product."""
     ffn_dim = bundle.manifest.var.ffn_dim
     if ffn_dim % 16:
         raise EngineError(f"precision 'fp8' needs an ffn_dim that is a multiple of 16, got {ffn_dim}; use bf16 or int8")
     if place.type == "cuda" and torch.cuda.get_device_capability(place) < (9, 0):
         raise EngineError("precision 'fp8' needs a Hopper GPU or later (compute capability 9.0); use bf16 or int8")
-    if why := _float8_problem(place):
-        raise EngineError(
-            f"precision 'fp8': PyTorch {torch.__version__} has no float8 product on {place} ({why}); use bf16 or int8"
-        )
 
 
-def _float8_problem(place: torch.device) -> str | None:
-    """What PyTorch says against a small float8 product; None where it runs."""
-    one_16x16 = torch.ones(16, 16, device=place)
-    scale_16x1, bias_16 = one_16x16[:, :1].contiguous(), torch.zeros(16, device=place, dtype=torch.bfloat16)
-    operand, out = one_16x16.to(torch.float8_e4m3fn), one_16x16.to(torch.bfloat16)
+def float8_problem(place: torch.device) -> str | None:
+    """What PyTorch says against a small float8 product on the current stream; None where it runs."""
     try:
+        one_16x16 = torch.ones(16, 16, device=place)
+        scale_16x1, bias_16 = one_16x16[:, :1].contiguous(), torch.zeros(16, device=place, dtype=torch.bfloat16)
+        operand, out = one_16x16.to(torch.float8_e4m3fn), one_16x16.to(torch.bfloat16)
         scaled_product(operand, operand.t(), scale_16x1, scale_16x1.t(), bias_16, out)
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
+        if place.type == "cuda":  # this stream alone: all of the device would break into another engine's capture
+            torch.cuda.current_stream(place).synchronize()
     except RuntimeError as error:  # NotImplementedError is one
+        if out_of_memory(error):
+            raise
         return str(error).strip().splitlines()[0]
     return None
 
@@ -152,6 +158,11 @@ class TorchEngine:
         self._stream = stream_of_its_own(device) if device.type == "cuda" else None
         self._encoder: Convolutions | None = None  # made at the first encode: few callers need it
         with self._running():
+            if precision is Precision.FP8 and (why := float8_problem(device)):
+                library = f"PyTorch {torch.__version__}"
+                raise EngineError(
+                    f"precision 'fp8': {library} has no float8 product on {device} ({why}); use bf16 or int8"
+                )
             self._program = Program(
                 bundle, device, precision=precision, ops=ops, decode_slice=decode_slice, compile_decoder=compile_decoder
             )
@@ -289,7 +300,15 @@ class TorchEngine:
             try:
                 yield
                 return
-            except RuntimeError as error:
+            except EngineError:
+                raise
+            except Exception as error:
+                if _of_triton(error):
+                    why = str(error).strip().splitlines()[0]
+                    name = torch.cuda.get_device_name(self.device)
+                    raise EngineError(
+                        f"{self.device} ({name}): a kernel cannot run here ({why}); report it, and use device 'cpu'"
+                    ) from error
                 if self._stream is None or not out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold the tensors of what failed
@@ -313,6 +332,11 @@ class TorchEngine:
     def _synchronize(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _of_triton(error: Exception) -> bool:
+    """Whether a kernel could not be compiled or started; Triton is not installed everywhere."""
+    return any(base.__name__ == "TritonError" for base in type(error).__mro__)
 
 
 def _map_on_host(f_hat_BlC: Tensor) -> np.ndarray:

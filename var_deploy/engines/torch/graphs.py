@@ -64,7 +64,9 @@ def stream_of_its_own(device: torch.device) -> torch.cuda.Stream:
     PyTorch hands out the same few streams in turn. Raises EngineError when all are taken.
     """
     with _CAPTURING:
-        for _ in range(_STREAMS_PER_DEVICE):
+        for turn in range(2 * _STREAMS_PER_DEVICE):
+            if turn == _STREAMS_PER_DEVICE:
+                gc.collect()  # engines that nobody holds may hang in cycles
             stream = torch.cuda.Stream(device)
             if stream not in _TAKEN:
                 _TAKEN.add(stream)

@@ -77,6 +77,9 @@ class Slots:
         for _ in range(2):  # the second time without other batch sizes, which may have been in the way
             try:
                 return make()
+            except EngineError:  # of a capture: it may have left the pool in a state that takes no other one
+                self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
+                raise
             except RuntimeError as error:  # its trace holds on to tensors until this block is left
                 if not out_of_memory(error):
                     raise
