@@ -13,7 +13,6 @@ from var_deploy.config import VARConfig, VQVAEConfig
 from var_train import VAR, VQVAE
 from var_train.loops import (
     LoopSettings,
-    parameter_groups,
     record_usage,
     reseed_unused,
     train_var,
@@ -77,30 +76,6 @@ def test_rate_warms_up_and_ends_at_final():
 def test_rate_of_the_shortest_runs(steps):
     settings = LoopSettings(steps=steps, learning_rate=1.0, weight_decay=0.0)
     assert all(0 < settings.rate(step) <= 1 for step in range(steps))
-
-
-@pytest.mark.parametrize("shared_aln", [False, True])
-def test_no_decay_on_biases_and_embeddings(shared_aln):
-    var = VAR(
-        VARConfig(
-            patch_nums=PATCH_NUMS,
-            vocab_size=24,
-            num_classes=2,
-            depth=1,
-            embed_dim=64,
-            ffn_dim=128,
-            shared_aln=shared_aln,
-        )
-    )
-    decayed, plain = parameter_groups(var, 0.05)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-    names = {id(parameter): name for name, parameter in var.named_parameters()}
-    plain_names = {names[id(parameter)] for parameter in plain["params"]}
-    assert len(plain["params"]) + len(decayed["params"]) == len(names)
-    assert {"pos_start", "pos_1LC", "lvl_embed.weight", "blocks.0.attn.scale_mul_1H11"} <= plain_names
-    assert {"blocks.0.attn.q_bias", "head.bias", "blocks.0.ffn.fc1.bias"} <= plain_names
-    assert not {"head.weight", "class_emb.weight", "word_embed.weight"} & plain_names
-    assert ("blocks.0.ada_gss" in plain_names) == shared_aln
 
 
 def test_usage_counts_hits_of_every_scale():

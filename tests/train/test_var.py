@@ -169,12 +169,12 @@ def test_logits_are_float32_under_autocast():
 def test_drop_path_drops_whole_rows_and_keeps_the_mean():
     torch.manual_seed(0)
     drop = DropPath(0.3)
-    dropped = drop(torch.ones(4000, 2, 3))
+    dropped = drop(torch.ones(4000, 2, 3), torch.rand(4000))
     assert ((dropped == 0) | torch.isclose(dropped, torch.tensor(1 / 0.7))).all()
     assert torch.equal(dropped.amax((1, 2)), dropped.amin((1, 2)))
     share = (dropped[:, 0, 0] == 0).float().mean().item()
     assert share == pytest.approx(0.3, abs=0.03)  # four standard deviations of 4000 draws
-    assert torch.equal(drop.eval()(torch.ones(5, 2, 3)), torch.ones(5, 2, 3))
+    assert torch.equal(drop.eval()(torch.ones(5, 2, 3), torch.zeros(5)), torch.ones(5, 2, 3))
 
 
 def test_drop_path_grows_linearly_to_a_tenth_of_depth_24():
@@ -212,6 +212,61 @@ def test_label_dropout_replaces_labels_by_the_null_class_at_its_rate(monkeypatch
     assert torch.equal(seen[0][~null], labels[~null])
     assert torch.equal(seen[1], labels[:5])
     assert torch.equal(labels, torch.arange(3000) % 4)  # the caller's tensor is not written to
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_fare_alike_in_whichever_batch_they_are_trained(variant):
+    """Label dropout and stochastic depth are decided by numbers of the row's own."""
+    var = VAR(config(**VARIANTS[variant]), drop_path=0.6, label_dropout=0.4)
+    randomise(var)
+    labels, features = inputs(var, rows=6)
+    uniforms = torch.rand(var.num_uniforms, 6)
+    with torch.no_grad():
+        together = var.train()(labels, features, uniforms)
+        parts = [var(labels[rows], features[rows], uniforms[:, rows]) for rows in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(var(labels, features, torch.rand(var.num_uniforms, 6)), together, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_scales_alone_are_a_prefix_of_all(variant):
+    var = model(**VARIANTS[variant])
+    labels, features = inputs(var)
+    n_0 = var.config.tokens_per_scale[0]
+    with torch.no_grad():
+        everything = var(labels, features)
+        for scales in range(1, var.config.num_scales):
+            end = var.config.span(scales - 1)[1]
+            first = var(labels, features[:, : end - n_0])
+            torch.testing.assert_close(first, everything[:, :end], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flex_attention_sees_what_the_mask_lets_through(variant):
+    var = model(**VARIANTS[variant])
+    labels, features = inputs(var)
+    with torch.no_grad():
+        expected = var(labels, features)
+        var.flex_attention = True
+        torch.testing.assert_close(var(labels, features), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointed_blocks_give_the_same_gradients(variant):
+    var = VAR(config(**VARIANTS[variant]), drop_path=0.5)
+    randomise(var)
+    labels, features = inputs(var)
+    uniforms = torch.rand(var.num_uniforms, len(labels))
+    gradients = []
+    for on in (False, True):
+        var.checkpoint_blocks = on
+        var.zero_grad()
+        var(labels, features, uniforms).square().mean().backward()
+        gradients.append([p.grad.clone() for p in var.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,14 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from .quantizer import MultiScaleQuantizer
+from .recipe import parameter_groups
 from .var import VAR
 from .vqvae import VQVAE
 
 #: Endless training data: images [B, 3, R, R] in [−1, 1] and int64 labels [B].
 Batches = Iterator[tuple[Tensor, Tensor]]
-
-#: Parts of parameter names that the published recipe excludes from weight decay, beside everything one-dimensional.
-NO_DECAY = ("pos_", "lvl_embed", "ada_gss", "scale_mul")
 
 USAGE_DECAY = 0.9  # of the running codebook usage; short, so that a re-seeded entry is judged by what came after
 
@@ -46,16 +44,6 @@ class LoopSettings:
             return (step + 1) / warmup_steps
         progress = (step - warmup_steps) / max(1, self.steps - 1 - warmup_steps)
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The published AdamW groups: decay on matrices and kernels, none on biases, 1-D tensors and `NO_DECAY`."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in NO_DECAY)
-        (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def train_vqvae(
@@ -100,9 +88,9 @@ def token_cross_entropy(var: VAR, vqvae: VQVAE, image_B3RR: Tensor, labels_B: Te
 
 def _optimise(model: nn.Module, settings: LoopSettings, name: str, step_loss: Callable[[int], Tensor]) -> list[float]:
     """`settings.steps` AdamW steps on `step_loss(step)`; leaves the model in evaluation mode."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.95)
-    )
+    decayed, plain = parameter_groups(model)
+    groups = [{**decayed, "weight_decay": settings.weight_decay}, {**plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
     losses: list[float] = []
     columns = (

@@ -7,15 +7,23 @@ C code width, V codebook entries. Everything that depends on the class alone ent
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import cache as cached
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from var_deploy.config import HEAD_DIM, PLAIN_SCALE, VARConfig
 
 #: Keys and values of the scales so far: per block (k_BHld, v_BHld); empty before the first scale.
 KVCache = list[tuple[Tensor, Tensor]]
+
+#: What a token may attend to: everything, where −inf is not added, or as blocks of positions.
+Mask = Tensor | BlockMask | None
 
 MAX_SCALE_MUL = math.log(100.0)  # cap of the learned attention scale, in log space
 LN_EPS = 1e-6
@@ -28,11 +36,12 @@ class DropPath(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
+    def forward(self, x_BLD: Tensor, uniform_B: Tensor | None) -> Tensor:
+        """`uniform_B` in [0, 1) decides, one number per row; not needed outside training."""
+        if not self.training or self.probability == 0.0 or uniform_B is None:
             return x_BLD
-        keep = 1.0 - self.probability
-        return x_BLD * x_BLD.new_empty(x_BLD.shape[0], 1, 1).bernoulli_(keep) / keep
+        kept_B = (uniform_B >= self.probability).to(x_BLD.dtype) / (1.0 - self.probability)
+        return x_BLD * kept_B.view(-1, 1, 1)
 
 
 class SelfAttention(nn.Module):
@@ -52,7 +61,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(
-        self, x_BnD: Tensor, past: tuple[Tensor, Tensor] | None, bias_11nl: Tensor | None
+        self, x_BnD: Tensor, past: tuple[Tensor, Tensor] | None, mask: Mask
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Output [B, n, D] and the keys and values of past and present."""
         B, n, D = x_BnD.shape
@@ -68,8 +77,19 @@ class SelfAttention(nn.Module):
         if past is not None:
             k_BHnd = torch.cat([past[0], k_BHnd], dim=2)
             v_BHnd = torch.cat([past[1], v_BHnd], dim=2)
-        y_BHnd = F.scaled_dot_product_attention(q_BHnd, k_BHnd, v_BHnd, attn_mask=bias_11nl, scale=scale)
+        if isinstance(mask, BlockMask):
+            attend: Any = _compiled_flex_attention() if x_BnD.is_cuda else flex_attention
+            q_BHnd, k_BHnd = q_BHnd.to(v_BHnd.dtype), k_BHnd.to(v_BHnd.dtype)  # autocast does not know this operation
+            y_BHnd = attend(q_BHnd, k_BHnd, v_BHnd, block_mask=mask, scale=scale)
+        else:
+            y_BHnd = F.scaled_dot_product_attention(q_BHnd, k_BHnd, v_BHnd, attn_mask=mask, scale=scale)
         return self.proj(y_BHnd.transpose(1, 2).reshape(B, n, D)), (k_BHnd, v_BHnd)
+
+
+@cached
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """Without compilation FlexAttention computes every score, and slowly."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class FFN(nn.Module):
@@ -112,13 +132,16 @@ class AdaLNBlock(nn.Module):
         x_BnD: Tensor,
         modulation_B16D: Tensor,
         past: tuple[Tensor, Tensor] | None,
-        bias_11nl: Tensor | None,
+        mask: Mask,
+        uniforms_2B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`uniforms_2B` decides on the two residual branches of every row while training."""
+        uniform_B, other_B = (None, None) if uniforms_2B is None else uniforms_2B.unbind(0)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16D.unbind(2)  # each [B, 1, D]
-        y_BnD, present = self.attn(_layer_norm(x_BnD) * (1 + scale1) + shift1, past, bias_11nl)
-        x_BnD = x_BnD + self.drop_path(y_BnD * gamma1)
+        y_BnD, present = self.attn(_layer_norm(x_BnD) * (1 + scale1) + shift1, past, mask)
+        x_BnD = x_BnD + self.drop_path(y_BnD * gamma1, uniform_B)
         y_BnD = self.ffn(_layer_norm(x_BnD) * (1 + scale2) + shift2)
-        return x_BnD + self.drop_path(y_BnD * gamma2), present
+        return x_BnD + self.drop_path(y_BnD * gamma2, other_B), present
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -145,6 +168,9 @@ class VAR(nn.Module):
         super().__init__()
         self.config = config
         self.label_dropout = label_dropout
+        self.flex_attention = False  #: teacher forcing through FlexAttention, which skips what lies above the blocks
+        self.checkpoint_blocks = False  #: while training, keep no activations within a block but compute them again
+        self._block_masks: dict[tuple[int, torch.device], BlockMask] = {}
         D, L = config.embed_dim, config.num_tokens
         self.word_embed = nn.Linear(config.z_channels, D)
         self.class_emb = nn.Embedding(config.num_classes + 1, D)
@@ -179,22 +205,46 @@ class VAR(nn.Module):
 
     def forward_scale(self, x_BnD: Tensor, cond_BD: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """One scale given the cache of all scales before: logits [B, n_k, V] in float32, and the grown cache."""
-        return self._blocks_and_head(x_BnD, cond_BD, cache, bias_11nl=None)
+        return self._blocks_and_head(x_BnD, cond_BD, cache, None, [None] * self.config.depth)
 
-    def forward(self, labels_B: Tensor, features_BlC: Tensor) -> Tensor:
-        """Teacher forcing over all scales at once: logits [B, L, V] in float32.
+    @property
+    def num_uniforms(self) -> int:
+        """Random numbers that training takes per row: one for its label, two for every block."""
+        return 1 + 2 * self.config.depth
 
-        `features_BlC` [B, L − n_0, C] is `MultiScaleQuantizer.teacher_forcing_input`. While training, each label is
-        replaced by the null class with probability `label_dropout`.
+    def forward(self, labels_B: Tensor, features_BlC: Tensor, uniforms_UB: Tensor | None = None) -> Tensor:
+        """Teacher forcing over all scales at once, or the first few: logits [B, n_0 + l, V] in float32.
+
+        `features_BlC` is `MultiScaleQuantizer.teacher_forcing_input`, all L − n_0 positions or the first scales'.
+        While training, each label is replaced by the null class with probability `label_dropout`, and rows leave out
+        residual branches; `uniforms_UB` [num_uniforms, B] in [0, 1) decides, so that a row fares alike in whichever
+        process it is trained; None draws them.
         """
-        if self.training and self.label_dropout > 0:
-            dropped_B = torch.rand(labels_B.shape, device=labels_B.device) < self.label_dropout
-            labels_B = labels_B.masked_fill(dropped_B, self.config.null_class)
+        blocks_uniforms: Sequence[Tensor | None] = [None] * self.config.depth
+        if self.training:
+            if uniforms_UB is None:
+                uniforms_UB = torch.rand(self.num_uniforms, len(labels_B), device=labels_B.device)
+            labels_B = labels_B.masked_fill(uniforms_UB[0] < self.label_dropout, self.config.null_class)
+            blocks_uniforms = uniforms_UB[1:].unflatten(0, (self.config.depth, 2)).unbind(0)
         cond_BD = self.condition(labels_B)
         n_0 = self.config.tokens_per_scale[0]
-        later_BlD = self.word_embed(features_BlC) + self._level_and_position(n_0, self.config.num_tokens)
-        x_BLD = torch.cat([self.embed_start(cond_BD), later_BlD], dim=1)
-        return self._blocks_and_head(x_BLD, cond_BD, [], self.attn_bias_for_masking)[0]
+        end = n_0 + features_BlC.shape[1]
+        later_BlD = self.word_embed(features_BlC) + self._level_and_position(n_0, end)
+        x_BlD = torch.cat([self.embed_start(cond_BD), later_BlD], dim=1)
+        mask = self._block_mask(end) if self.flex_attention else self.attn_bias_for_masking[:, :, :end, :end]
+        return self._blocks_and_head(x_BlD, cond_BD, [], mask, blocks_uniforms)[0]
+
+    def _block_mask(self, length: int) -> BlockMask:
+        """A token attends to its own scale and all coarser ones, for the first `length` positions."""
+        key = length, self.lvl_1L.device
+        if key not in self._block_masks:
+            lvl_L = self.lvl_1L[0]
+
+            def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return lvl_L[query] >= lvl_L[key]
+
+            self._block_masks[key] = create_block_mask(visible, None, None, length, length, device=str(key[1]))
+        return self._block_masks[key]
 
     def _blocks(self) -> list[AdaLNBlock]:
         return [block for block in self.blocks if isinstance(block, AdaLNBlock)]
@@ -203,7 +253,12 @@ class VAR(nn.Module):
         return self.lvl_embed(self.lvl_1L[:, begin:end]) + self.pos_1LC[:, begin:end]
 
     def _blocks_and_head(
-        self, x_BnD: Tensor, cond_BD: Tensor, cache: KVCache, bias_11nl: Tensor | None
+        self,
+        x_BnD: Tensor,
+        cond_BD: Tensor,
+        cache: KVCache,
+        mask: Mask,
+        blocks_uniforms: Sequence[Tensor | None],
     ) -> tuple[Tensor, KVCache]:
         shared_B16D = None
         if self.config.shared_aln:
@@ -211,7 +266,11 @@ class VAR(nn.Module):
         grown: KVCache = []
         for i, block in enumerate(self._blocks()):
             past = cache[i] if cache else None
-            x_BnD, present = block(x_BnD, block.modulation(cond_BD, shared_B16D), past, bias_11nl)
+            arguments = x_BnD, block.modulation(cond_BD, shared_B16D), past, mask, blocks_uniforms[i]
+            if self.checkpoint_blocks and self.training:
+                x_BnD, _ = checkpoint(block, *arguments, use_reentrant=False)
+                continue
+            x_BnD, present = block(*arguments)
             grown.append(present)
         with torch.autocast(x_BnD.device.type, enabled=False):  # the head stays in float32
             return self.head(self.head_nm(x_BnD.float(), cond_BD.float())), grown
