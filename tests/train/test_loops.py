@@ -13,8 +13,6 @@ from var_deploy.config import VARConfig, VQVAEConfig
 from var_train import VAR, VQVAE
 from var_train.loops import (
     LoopSettings,
-    record_usage,
-    reseed_unused,
     train_var,
     train_vqvae,
 )
@@ -48,7 +46,7 @@ def trained(seed: int) -> tuple[list[float], list[float], VQVAE]:
     torch.manual_seed(seed)
     vqvae, var = VQVAE(VQVAE_CONFIG), VAR(VAR_CONFIG)
     var.init_weights()
-    vqvae_losses = train_vqvae(vqvae, two_stripes(), SETTINGS, reseed_every=10)
+    vqvae_losses = train_vqvae(vqvae, two_stripes(), SETTINGS, revive_every=10)
     return vqvae_losses, train_var(var, vqvae, two_stripes(), SETTINGS), vqvae
 
 
@@ -76,27 +74,3 @@ def test_rate_warms_up_and_ends_at_final():
 def test_rate_of_the_shortest_runs(steps):
     settings = LoopSettings(steps=steps, learning_rate=1.0, weight_decay=0.0)
     assert all(0 < settings.rate(step) <= 1 for step in range(steps))
-
-
-def test_usage_counts_hits_of_every_scale():
-    quantizer = VQVAE(VQVAE_CONFIG).quantize
-    tokens = [torch.full((4, n), k) for k, n in enumerate(VQVAE_CONFIG.tokens_per_scale)]
-    for _ in range(200):
-        record_usage(quantizer, tokens)
-    expected_SV = torch.zeros(3, 24)
-    expected_SV[0, 0], expected_SV[1, 1], expected_SV[2, 2] = 4, 16, 36
-    torch.testing.assert_close(quantizer.ema_vocab_hit_SV, expected_SV)
-
-
-def test_only_unused_entries_are_reseeded():
-    torch.manual_seed(0)
-    quantizer = VQVAE(VQVAE_CONFIG).quantize
-    quantizer.ema_vocab_hit_SV[1, 3:] = 1.0
-    before_VC = quantizer.embedding.weight.detach().clone()
-    f_BChh = torch.randn(4, 8, 3, 3)
-    assert reseed_unused(quantizer, f_BChh) == 3
-    after_VC = quantizer.embedding.weight.detach()
-    assert torch.equal(after_VC[3:], before_VC[3:])
-    assert (after_VC[:3] != before_VC[:3]).any(dim=1).all()
-    quantizer.ema_vocab_hit_SV[0, :3] = 1.0
-    assert reseed_unused(quantizer, f_BChh) == 0

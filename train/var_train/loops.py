@@ -15,15 +15,13 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .quantizer import MultiScaleQuantizer
+from .codebook import record_usage, revive_unused
 from .recipe import parameter_groups
 from .var import VAR
 from .vqvae import VQVAE
 
 #: Endless training data: images [B, 3, R, R] in [−1, 1] and int64 labels [B].
 Batches = Iterator[tuple[Tensor, Tensor]]
-
-USAGE_DECAY = 0.9  # of the running codebook usage; short, so that a re-seeded entry is judged by what came after
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,19 +45,20 @@ class LoopSettings:
 
 
 def train_vqvae(
-    vqvae: VQVAE, batches: Batches, settings: LoopSettings, *, reseed_every: int = 50, reseed_until: float = 0.7
+    vqvae: VQVAE, batches: Batches, settings: LoopSettings, *, revive_every: int = 50, revive_until: float = 0.7
 ) -> list[float]:
     """Trains on L1 + L2 reconstruction + quantiser loss; returns the loss of every step.
 
-    The codebook starts from residuals of the first batch. Until `reseed_until` of the run, entries that almost no
-    residual falls on are put onto residuals of the current batch every `reseed_every` steps.
+    The codebook starts from residuals of the first batch. Until `revive_until` of the run, entries that almost no
+    residual falls on are put onto residuals of the current batch every `revive_every` steps.
     """
 
     def step_loss(step: int, image_B3RR: Tensor) -> Tensor:
         if step == 0:
             nn.init.zeros_(vqvae.quantize.embedding.weight)
-        if step % reseed_every == 0 and step <= reseed_until * settings.steps:
-            reseed_unused(vqvae.quantize, vqvae.encode(image_B3RR).detach())
+        if step % revive_every == 0 and step <= revive_until * settings.steps:
+            f_BChh = vqvae.encode(image_B3RR).detach()
+            revive_unused(vqvae.quantize, f_BChh, seed=step, first_row=0, rows=len(f_BChh))
         reconstruction_B3RR, quantizer_loss, tokens = vqvae(image_B3RR)
         record_usage(vqvae.quantize, tokens)
         difference_B3RR = reconstruction_B3RR - image_B3RR
@@ -114,35 +113,3 @@ def _optimise(model: nn.Module, settings: LoopSettings, name: str, step_loss: Ca
             progress.update(task, advance=1, loss=losses[-1])
     model.eval()
     return losses
-
-
-@torch.no_grad()
-def record_usage(quantizer: MultiScaleQuantizer, tokens: list[Tensor]) -> None:
-    """Updates `ema_vocab_hit_SV`, the running number of hits of each entry per batch, scale by scale."""
-    for usage_V, tokens_Bn in zip(quantizer.ema_vocab_hit_SV, tokens, strict=True):
-        hits_V = tokens_Bn.flatten().bincount(minlength=len(usage_V)).to(usage_V.dtype)
-        usage_V.lerp_(hits_V, 1 - USAGE_DECAY)
-
-
-@torch.no_grad()
-def reseed_unused(quantizer: MultiScaleQuantizer, f_BChh: Tensor) -> int:
-    """Puts entries with less than a tenth of a hit per batch onto random residuals of `f_BChh`; returns how many."""
-    unused_V = quantizer.ema_vocab_hit_SV.sum(dim=0) < 0.1
-    count = int(unused_V.sum())
-    if count:
-        residuals_NC = _residual_vectors(quantizer, f_BChh)
-        chosen_N = torch.randint(len(residuals_NC), (count,), device=f_BChh.device)
-        quantizer.embedding.weight[unused_V] = residuals_NC[chosen_N]
-    return count
-
-
-def _residual_vectors(quantizer: MultiScaleQuantizer, f_BChh: Tensor) -> Tensor:
-    """Every vector that the quantiser looks up an entry for, all scales together: [N, C]."""
-    f_hat_BChh = torch.zeros_like(f_BChh)
-    residuals = []
-    for k in range(quantizer.config.num_scales):
-        residual_BChw = quantizer.shrink(k, f_BChh - f_hat_BChh)
-        residuals.append(residual_BChw.flatten(2).transpose(1, 2).flatten(0, 1))
-        codes_BnC = quantizer.embedding(quantizer.nearest(residual_BChw))
-        f_hat_BChh = f_hat_BChh + quantizer.contribution(k, codes_BnC)
-    return torch.cat(residuals)
