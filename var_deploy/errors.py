@@ -15,6 +15,10 @@ class CheckpointError(VarDeployError):
     """The checkpoint file is unreadable, incomplete, or does not fit its partner."""
 
 
+class DataError(VarDeployError):
+    """The training data is missing, empty, inconsistent or unreadable."""
+
+
 class BundleError(VarDeployError):
     """The bundle is incomplete, altered, or of a newer format; or it cannot be written."""
 

@@ -1,0 +1,56 @@
+"""Rank, number and agreement of the processes of a run; without torch.distributed it is one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if distributed() else 1
+
+
+def by_first_process(action: Callable[[], T]) -> T:
+    """Result of an action of the first process, in all of them; so is its error, or the others would wait forever."""
+    outcome: list[Any] = [None, None]  # result, error
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    if distributed():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def merged_dicts(action: Callable[[], dict[str, T]]) -> dict[str, T]:
+    """The dicts that the processes' actions give, as one, in all of them; so is the first error."""
+    outcome: tuple[dict[str, T], Exception | None]
+    try:
+        outcome = action(), None
+    except Exception as error:
+        outcome = {}, error
+    outcomes = [outcome]
+    if distributed():
+        outcomes = [outcome] * world()
+        dist.all_gather_object(outcomes, outcome)
+    merged: dict[str, T] = {}
+    for part, failure in outcomes:
+        if failure is not None:
+            raise failure
+        merged |= part
+    return merged
