@@ -11,12 +11,15 @@ import atexit
 import io
 import itertools
 import math
+import multiprocessing
 import signal
 import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -245,19 +248,43 @@ def _made(images: ImageFiles, crop: Crop, seed: int, tasks: Iterable[_Task], wor
 
 
 def _without_errors(loader: DataLoader[ImageBatch | DataError]) -> Generator[ImageBatch]:
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    batches = _started(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError) as error:  # the loader's; a worker returns its own as DataError
+        raise DataError(
+            f"a worker that decodes images ended ({error}), for lack of memory perhaps; start again, with fewer workers"
+        ) from error
+    finally:
+        del batches  # it ends its workers, and an error that is kept would keep this frame and what it holds
+
+
+#: What a scheduler and Ctrl-C send to the whole group: the trainer acts on it, and ends its workers when it is done.
+_GROUP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def _started(loader: DataLoader[ImageBatch | DataError]) -> Iterator[ImageBatch | DataError]:
+    """The loader's iterator. Its workers are born with the group's signals held back, so none can end them early."""
+    before = set(multiprocessing.active_children())
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        _workers.update(set(multiprocessing.active_children()) - before)
 
 
 def _outlive_signals(worker: int) -> None:
-    """A scheduler and Ctrl-C signal the whole group: the trainer acts on it, and ends its workers when it is done."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
 
 
 _streams: weakref.WeakSet[Generator[ImageBatch]] = weakref.WeakSet()
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register
@@ -265,3 +292,7 @@ def _end_workers() -> None:
     """Without it Python would at its end send the workers SIGTERM, which they ignore, and wait for them forever."""
     for stream in list(_streams):
         stream.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    for worker in list(_workers):  # of a stream that an error ended, and that something still holds
+        with suppress(ValueError):  # it is closed
+            worker.kill()
