@@ -7,15 +7,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from golden import Golden, rule_state_dicts
+from odd_models import ODD_CONFIGURATIONS, odd_configs, random_models
 from var_deploy.bundle import MANIFEST, sha256_of
+from var_deploy.config import VARConfig, VQVAEConfig
 
 # Machines that run tests are busy: a slow example is no failure. CI tries the same examples every time.
 settings.register_profile("var_deploy", deadline=None, derandomize="CI" in os.environ)
@@ -102,3 +106,30 @@ def reseal() -> Callable[..., None]:
 def tiny_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of `tiny_bundle` that a test may alter."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def odd_states() -> Callable[[str], tuple[VARConfig, VQVAEConfig, dict[str, Tensor], dict[str, Tensor]]]:
+    """`odd_states(name)`: configurations and state dicts of a row of the table, free to alter."""
+
+    def make(name: str) -> tuple[VARConfig, VQVAEConfig, dict[str, Tensor], dict[str, Tensor]]:
+        var, vqvae = random_models(*odd_configs(name))
+        return var.config, vqvae.config, dict(var.state_dict()), dict(vqvae.state_dict())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def odd_names() -> list[str]:
+    return list(ODD_CONFIGURATIONS)
+
+
+@pytest.fixture
+def write_pth(tmp_path: Path) -> Callable[..., Path]:
+    """`write_pth(content, name="x.pth", **torch_save_options)` → path of the file."""
+
+    def write(content: Any, name: str = "file.pth", **options: Any) -> Path:
+        torch.save(content, tmp_path / name, **options)
+        return tmp_path / name
+
+    return write

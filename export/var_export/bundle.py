@@ -18,8 +18,8 @@ import var_deploy
 from var_deploy.bundle import MANIFEST, WEIGHTS, FileSeal, Manifest, SamplingDefaults, sha256_of
 from var_deploy.errors import BundleError, CheckpointError
 from var_deploy.signature import GraphSpec, graph_specs
+from var_train.checkpoint import CheckpointPair, load_pair
 
-from .checkpoint import CheckpointPair, load_pair
 from .deploy_view import deploy_weights
 from .transformer_graphs import condition_graph, finish_graph, scale_graph
 from .vqvae_graphs import decoder_graph, encoder_graph

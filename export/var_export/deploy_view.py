@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from var_train.checkpoint import CheckpointPair, StateDict
 from var_train.var import MAX_SCALE_MUL
-
-from .checkpoint import CheckpointPair, StateDict
 
 
 @dataclass(frozen=True, slots=True)

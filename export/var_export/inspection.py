@@ -10,8 +10,7 @@ from typing import Any
 from var_deploy.config import config_to_dict
 from var_deploy.errors import CheckpointError
 from var_deploy.memory import memory_plan
-
-from .checkpoint import StateDict, kind_of, load_var, load_vqvae
+from var_train.checkpoint import StateDict, kind_of, load_var, load_vqvae
 
 #: State-dict entries that are computed, not trained.
 _BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")

@@ -23,9 +23,9 @@ from var_deploy.errors import EngineError, RequestError
 from var_deploy.pipeline import Pipeline
 from var_deploy.signature import graph_specs
 from var_train import VAR, VQVAE
+from var_train.checkpoint import CheckpointPair
 from var_train.presets import PRESETS, preset_configs
 
-from .checkpoint import CheckpointPair
 from .deploy_view import deploy_weights
 
 #: Odd, so that the rows of a matrix larger than the pool do not repeat.

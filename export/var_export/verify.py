@@ -27,8 +27,7 @@ from var_deploy.errors import CheckpointError, RequestError
 from var_deploy.pipeline import Pipeline
 from var_deploy.request import MAX_GUIDANCE
 from var_train import Generation, generate
-
-from .checkpoint import load_pair
+from var_train.checkpoint import load_pair
 
 #: Largest difference of logits and pixels that float32 rounding explains: the two add up in different orders, through
 #: up to 36 blocks. Golden vectors of small models agree to 1e-5.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from var_export.checkpoint import CheckpointPair
 from var_export.deploy_view import LazyWeight, deploy_weights
+from var_train.checkpoint import CheckpointPair
 
 
 def values(pair: CheckpointPair) -> dict[str, torch.Tensor]:

@@ -13,10 +13,10 @@ from var_deploy.errors import EngineError, RequestError
 from var_deploy.pipeline import Pipeline
 from var_deploy.precision import Precision
 from var_export import random_bundle
-from var_export.checkpoint import CheckpointPair
 from var_export.deploy_view import deploy_weights
 from var_export.random_bundle import POOL_SIZE, RandomBundle, random_pipeline, random_weight
 from var_train import VAR, VQVAE
+from var_train.checkpoint import CheckpointPair
 from var_train.presets import PRESETS, randomise
 
 BOTH = {"patch_nums": (1, 2, 3), "vocab_size": 61}

@@ -17,8 +17,8 @@ from onnx.reference import ReferenceEvaluator
 
 from var_deploy.signature import cache_names, graph_specs, scale_graph_name
 from var_export.bundle import write_bundle
-from var_export.checkpoint import CheckpointPair
 from var_train import VAR
+from var_train.checkpoint import CheckpointPair
 
 # float32, sums in another order through up to three blocks; logits of these models are of size 1 to 10.
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}

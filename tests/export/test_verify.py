@@ -18,8 +18,8 @@ from var_deploy.engines.torch import TorchEngine
 from var_deploy.errors import BundleError, CheckpointError, EngineError, RequestError
 from var_export import verify
 from var_export.bundle import write_bundle
-from var_export.checkpoint import CheckpointPair
 from var_export.verify import TOLERANCE, verify_bundle
+from var_train.checkpoint import CheckpointPair
 
 
 def nudged(bundle: Path, out: Path, name: str, by: float) -> Path:

@@ -14,8 +14,8 @@ import var_deploy
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.memory import memory_plan
 from var_export.bundle import write_bundle
-from var_export.checkpoint import CheckpointPair
 from var_train import VAR, VQVAE
+from var_train.checkpoint import CheckpointPair
 from var_train.presets import preset_configs, randomise
 
 

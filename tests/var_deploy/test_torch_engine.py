@@ -33,10 +33,10 @@ from var_deploy.images import images_from_pixels
 from var_deploy.pipeline import Generation, Pipeline, Preview
 from var_deploy.precision import Precision
 from var_export.bundle import bundle_from_checkpoint, write_bundle
-from var_export.checkpoint import CheckpointPair
 from var_export.verify import verify_bundle
 from var_kernels import reference_ops
 from var_train import VAR, VQVAE, digits
+from var_train.checkpoint import CheckpointPair
 from var_train.presets import randomise
 
 #: Pixels of two float32 implementations, which add up in different orders; golden vectors agree to the same bound.

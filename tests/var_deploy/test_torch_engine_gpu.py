@@ -27,9 +27,9 @@ from var_deploy.precision import Precision
 from var_deploy.request import settings as checked_settings
 from var_deploy.static_buffers import decode_specs, decoder_activation_bytes, generation_bytes, nbytes
 from var_export.bundle import bundle_from_checkpoint, write_bundle
-from var_export.checkpoint import CheckpointPair
 from var_export.verify import verify_bundle
 from var_train import VAR, VQVAE, digits
+from var_train.checkpoint import CheckpointPair
 from var_train.presets import SCALES_256, randomise
 
 pytestmark = pytest.mark.gpu

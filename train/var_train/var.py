@@ -130,13 +130,18 @@ class AdaLNBlock(nn.Module):
     def forward(
         self,
         x_BnD: Tensor,
-        modulation_B16D: Tensor,
+        cond_BD: Tensor,
+        shared_B16D: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
         mask: Mask,
         uniforms_2B: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """`uniforms_2B` decides on the two residual branches of every row while training."""
+        """`uniforms_2B` decides on the two residual branches of every row while training.
+
+        A block uses its own parameters here alone, so they can be sharded between calls.
+        """
         uniform_B, other_B = (None, None) if uniforms_2B is None else uniforms_2B.unbind(0)
+        modulation_B16D = self.modulation(cond_BD, shared_B16D)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16D.unbind(2)  # each [B, 1, D]
         y_BnD, present = self.attn(_layer_norm(x_BnD) * (1 + scale1) + shift1, past, mask)
         x_BnD = x_BnD + self.drop_path(y_BnD * gamma1, uniform_B)
@@ -266,7 +271,7 @@ class VAR(nn.Module):
         grown: KVCache = []
         for i, block in enumerate(self._blocks()):
             past = cache[i] if cache else None
-            arguments = x_BnD, block.modulation(cond_BD, shared_B16D), past, mask, blocks_uniforms[i]
+            arguments = x_BnD, cond_BD, shared_B16D, past, mask, blocks_uniforms[i]
             if self.checkpoint_blocks and self.training:
                 x_BnD, _ = checkpoint(block, *arguments, use_reentrant=False)
                 continue

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from var_deploy.config import HEAD_DIM, ConfigError, PhiLayout, VARConfig, VQVAEConfig
 from var_deploy.errors import CheckpointError
-from var_train import VAR, VQVAE
-from var_train.var import scale_index_and_mask
+
+from .var import VAR, scale_index_and_mask
+from .vqvae import VQVAE
 
 StateDict = dict[str, Tensor]
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from golden import GOLDEN_NAMES, Golden, golden_config, rule_state_dicts
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.errors import CheckpointError
-from var_export.checkpoint import kind_of, load_pair, load_var, load_vqvae, read_state_dict
 from var_train import VAR, VQVAE
+from var_train.checkpoint import kind_of, load_pair, load_var, load_vqvae, read_state_dict
 
 USAGE = "quantize.ema_vocab_hit_SV"
 LEGACY = {"_use_new_zipfile_serialization": False}
