@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKPOINTS := --var train/checkpoints/digits_var.safetensors --vae train/checkpoints/digits_vqvae.safetensors
 
-.PHONY: demo test test-full test-gpu sanitize lint digits kernels pages bench-cpu bench-gpu clean
+.PHONY: demo test test-full test-gpu sanitize lint digits photos scaling-law kernels pages bench-cpu bench-train bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,13 +15,13 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	rm -rf out/digits
-	$(BIN)/var-deploy export $(CHECKPOINTS) --classes train/checkpoints/digits_classes.txt --license MIT --out out/digits
+	$(BIN)/var-deploy export $(CHECKPOINTS) --license MIT --out out/digits
 	$(BIN)/var-deploy verify out/digits $(CHECKPOINTS)
 	$(BIN)/python docs/demo.py out/digits out/digits.png
 	$(BIN)/var-deploy bench out/digits --batch 1 --batch 8
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not full_size"
+	$(BIN)/python -m pytest -m "not gpu and not full_size" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -57,11 +57,43 @@ pages: $(READY)
 	$(BIN)/python -m var_deploy.bench.suite --table docs/results/gpu.md $(addprefix --record ,$(SUITE_RECORD))
 	$(BIN)/python -m var_kernels.benchmark --table docs/results/gpu-kernels.md $(addprefix --record ,$(KERNEL_RECORD))
 
-# Trains the two checkpoints under train/checkpoints again and measures them.
-digits: $(READY)
-	$(BIN)/python -m var_train.digits train --out out/digits_checkpoints
-	$(BIN)/python -m var_train.digits quality --var out/digits_checkpoints/digits_var.safetensors \
-		--vae out/digits_checkpoints/digits_vqvae.safetensors
+# Trains the two checkpoints under train/checkpoints again, from the configurations in train/configs, and measures them.
+# A run that was interrupted goes on.
+digits: out/digits_images
+	$(BIN)/var-deploy train vqvae train/configs/digits_vqvae.toml --out out/digits_vqvae
+	test -d out/digits_tokens || $(BIN)/var-deploy train tokens out/digits_images --enlarge 1 \
+		--vqvae out/digits_vqvae/vqvae.safetensors --out out/digits_tokens
+	$(BIN)/var-deploy train var train/configs/digits_var.toml --out out/digits_var
+	$(BIN)/python -m var_train.digits quality --var out/digits_var/var.safetensors --vae out/digits_vqvae/vqvae.safetensors
+
+out/digits_images: $(READY)
+	test -d $@ || $(BIN)/python -m var_train.digits images $@
+
+# Photographs in colour, end to end: data set, VQVAE, VAR, bundle, parity.
+photos: $(READY)
+	test -d out/photos || $(BIN)/python -m var_train.photos out/photos
+	$(BIN)/var-deploy train vqvae train/configs/photos_vqvae.toml --out out/photos_vqvae
+	$(BIN)/var-deploy train var train/configs/photos_var.toml --out out/photos_var
+	rm -rf out/photos_bundle
+	$(BIN)/var-deploy export $(PHOTOS) --out out/photos_bundle
+	$(BIN)/var-deploy verify out/photos_bundle $(PHOTOS)
+PHOTOS := --var out/photos_var/var.safetensors --vae out/photos_vqvae/vqvae.safetensors
+
+# Five widths on the tokens that the shipped VQVAE gives the digits, and the laws through them.
+DEPTHS := 1 2 3 4 5
+scaling-law: out/digits_images
+	for split in train val; do \
+		test -d out/scaling_tokens_$$split || $(BIN)/var-deploy train tokens out/digits_images --split $$split --enlarge 1 \
+			--vqvae train/checkpoints/digits_vqvae.safetensors --out out/scaling_tokens_$$split || exit 1; \
+	done
+	for depth in $(DEPTHS); do \
+		$(BIN)/var-deploy train var train/configs/scaling.toml --set model.depth=$$depth --out out/scaling_d$$depth || exit 1; \
+	done
+	$(BIN)/var-deploy train scaling-law $(DEPTHS:%=out/scaling_d%) --plot docs/results/scaling_law.png
+
+# Seconds and memory of a training step, written to docs/results/training-cpu.json.
+bench-train: $(READY)
+	$(BIN)/python -m var_train.step_benchmark --preset d12 --preset d16 --preset d20 --out docs/results/training-cpu.json
 
 # The timings of docs/results/cpu.md, with random weights.
 bench-cpu: $(READY)

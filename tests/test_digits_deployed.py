@@ -21,8 +21,7 @@ PER_CLASS = 20
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    names = (CHECKPOINTS / "digits_classes.txt").read_text().split()
-    return bundle_from_checkpoint(*PAIR, tmp_path_factory.mktemp("digits") / "bundle", class_names=names)
+    return bundle_from_checkpoint(*PAIR, tmp_path_factory.mktemp("digits") / "bundle")
 
 
 def test_trained_weights_keep_parity(bundle):
@@ -43,7 +42,7 @@ def test_deployed_samples_are_the_digits_asked_for_and_no_copies(bundle):
     assert report["generated"]["distance"]["median"] > 0.7 * report["held_out"]["distance"]["median"]
 
 
-def test_class_names_of_the_bundle_are_accepted(bundle):
+def test_class_names_of_the_checkpoint_are_accepted(bundle):
     pipe = var_deploy.load(bundle)
     by_name, by_id = pipe.generate("seven", seeds=3), pipe.generate(7, seeds=3)
     assert all(np.array_equal(a, b) for a, b in zip(by_name.tokens, by_id.tokens, strict=True))

@@ -29,8 +29,12 @@ app = typer.Typer(
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory.")]
-VarFile = Annotated[Path, typer.Option("--var", metavar="FILE", help="VAR checkpoint (.pth or .safetensors).")]
-VaeFile = Annotated[Path, typer.Option("--vae", metavar="FILE", help="VQVAE checkpoint (.pth or .safetensors).")]
+VarFile = Annotated[
+    Path, typer.Option("--var", metavar="PATH", help="VAR checkpoint: .pth, .safetensors, or RUN/checkpoints/step_….")
+]
+VaeFile = Annotated[
+    Path, typer.Option("--vae", metavar="PATH", help="VQVAE checkpoint: .pth, .safetensors, or RUN/checkpoints/step_….")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 EngineName = Annotated[str, typer.Option(help="Engine: auto, onnx or torch.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
@@ -56,7 +60,9 @@ def export(
     var: VarFile,
     vae: VaeFile,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Bundle directory to make; must not exist.")],
-    classes: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one per line.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names, one per line; default the checkpoint's.")
+    ] = None,
     license: Annotated[str, typer.Option(help="Licence of the weights, noted in the bundle.")] = "not stated",
     znorm: Annotated[bool, typer.Option(help="The VQVAE picks codes by cosine (using_znorm).")] = False,
 ) -> None:
@@ -81,7 +87,7 @@ def export(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Bundle directory or checkpoint file.")],
+    path: Annotated[Path, typer.Argument(help="Bundle directory or checkpoint.")],
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes of the memory plan.")] = [1, 8, 64],  # noqa: B006
     precision: Annotated[
         Precision | None, typer.Option(help="Of the torch engine's plan, for a bundle; default bf16.")
@@ -95,7 +101,7 @@ def inspect(
     from .inspection import inspect_bundle
 
     plan = {"--precision": precision, "--smooth": smooth or None, "--decode-slice": decode_slice}
-    if path.is_dir():
+    if path.is_dir() and not _of_a_run(path):
         data = inspect_bundle(path, batch, precision or Precision.BF16, smooth=smooth, decode_slice=decode_slice)
     elif given := [name for name, value in plan.items() if value is not None]:
         raise RequestError(f"{path}: the torch engine's plan needs a bundle; export first, or leave out {given[0]}")
@@ -300,6 +306,15 @@ def bench(
             plot_bench(record["rows"], partial, f"{preset or bundle}, engine {record['engine']}", form=plot.suffix[1:])
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def train(context: typer.Context) -> None:
+    """Train a VQVAE and a VAR: vqvae, var, tokens, scaling-law (see train --help)."""
+    _needs("var_train.command", "train").app(args=context.args, prog_name="var-deploy train")
+
+
 def _stderr() -> Any:
     from rich.console import Console
 
@@ -335,6 +350,11 @@ def _needs(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise EngineError(f"this command needs {error.name}; pip install 'var-deploy[{extra}]'") from error
+
+
+def _of_a_run(directory: Path) -> bool:
+    """Whether it is a checkpoint of a training run, or the run, whose reader says which checkpoint to give."""
+    return any((directory / name).is_file() for name in ("manifest.json", "run.json"))
 
 
 def _class_names(path: Path) -> list[str]:

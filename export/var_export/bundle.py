@@ -18,7 +18,8 @@ import var_deploy
 from var_deploy.bundle import MANIFEST, WEIGHTS, FileSeal, Manifest, SamplingDefaults, sha256_of
 from var_deploy.errors import BundleError, CheckpointError
 from var_deploy.signature import GraphSpec, graph_specs
-from var_train.checkpoint import CheckpointPair, load_pair
+from var_train.checkpoint import CheckpointPair, class_names_of, load_pair
+from var_train.checkpoint_files import MANIFEST as CHECKPOINT_MANIFEST
 
 from .deploy_view import deploy_weights
 from .transformer_graphs import condition_graph, finish_graph, scale_graph
@@ -41,12 +42,15 @@ def bundle_from_checkpoint(
 ) -> Path:
     """Exports a checkpoint pair to a new bundle directory `out` and returns its path.
 
-    Raises CheckpointError for what is wrong with the checkpoints and BundleError for what is wrong with `out`; in
-    either case nothing is left behind.
+    Without `class_names` the bundle takes those that the VAR's checkpoint carries, if any. Raises CheckpointError for
+    what is wrong with the checkpoints and BundleError for what is wrong with `out`; in either case nothing is left
+    behind.
     """
     out = Path(out)
     _require_absent(out)
     pair = load_pair(Path(var_path), Path(vqvae_path), using_znorm=using_znorm)
+    if class_names is None and (carried := class_names_of(Path(var_path))) is not None:
+        class_names = list(carried)
     if class_names is not None and len(class_names) != pair.var.num_classes:
         raise CheckpointError(
             f"{len(class_names)} class names for a checkpoint of {pair.var.num_classes} classes; give one per class"
@@ -120,6 +124,9 @@ def _serialized(model: ir.Model) -> bytes:
 
 
 def _origin(path: Path) -> dict[str, Any]:
+    if path.is_dir():  # of a training run: its manifest holds the digests of all its files
+        manifest = path.resolve() / CHECKPOINT_MANIFEST
+        return {"file": f"{manifest.parent.name}/{manifest.name}", "sha256": sha256_of(manifest)}
     return {"file": path.name, "sha256": sha256_of(path)}
 
 

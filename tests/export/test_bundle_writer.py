@@ -12,15 +12,21 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import var_export.bundle
 from bundle_format import PINNED, format_text
 from var_deploy.bundle import Bundle
+from var_deploy.cli import app
 from var_deploy.errors import BundleError, CheckpointError
 from var_export.bundle import bundle_from_checkpoint, write_bundle
+from var_train.run_checkpoints import RunCheckpoints
+from var_train.run_state import RunState
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +113,109 @@ def test_progress_reaches_all_bytes_of_the_weights(tiny_pair, place):
     assert [what for what, _, _ in heard if what.endswith(".onnx")] == [
         graph.file for graph in Bundle.open(out).manifest.graphs.values()
     ]
+
+
+# Checkpoints of our own runs ------------------------------------------------------------------------------------------
+
+CARRIED = [f"Klasse {i}" for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def run_pair(tiny_checkpoints, tmp_path_factory) -> tuple[None, Path, Path]:
+    """Checkpoint directories of a VAR run and a VQVAE run, with the weights of `tiny_pair`; read only."""
+    place = tmp_path_factory.mktemp("runs")
+    var, vqvae = tiny_checkpoints.models()
+    of_var = RunState(models={"var": var}, values={"class_names": CARRIED})
+    of_vqvae = RunState(
+        models={"vqvae": vqvae, "discriminator": torch.nn.Linear(1, 1)}, values={"patch_nums": [1, 2, 3, 4]}
+    )
+    return None, *(
+        RunCheckpoints(place / name / "checkpoints").save(1200, state)
+        for name, state in (("var", of_var), ("vqvae", of_vqvae))
+    )
+
+
+def test_checkpoints_of_runs_become_the_same_bundle_with_their_class_names(tiny_bundle, run_pair, place):
+    out = bundle_from_checkpoint(run_pair[1], run_pair[2], place / "b")
+    assert [name for name in files(out) if name != "bundle.json"] == [
+        name
+        for name in files(tiny_bundle)
+        if name != "bundle.json" and digest_of(out, name) == digest_of(tiny_bundle, name)
+    ]
+    manifest = Bundle.open(out).manifest
+    assert manifest.class_names == tuple(CARRIED)
+    for key, path in (("var", run_pair[1]), ("vqvae", run_pair[2])):
+        digest = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+        assert manifest.source[key] == {"file": "step_00001200/manifest.json", "sha256": digest}
+
+
+def digest_of(directory: Path, name: str) -> str:
+    return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+
+
+def with_names(pair, directory: Path, names: list[str]) -> tuple[None, Path, Path]:
+    """The pair with a VAR file that carries class names."""
+    path = directory / "named.safetensors"
+    save_file(load_file(pair[1]), path, metadata={"class_names": json.dumps(names)})
+    return None, path, pair[2]
+
+
+def test_class_names_of_the_file_are_taken_unless_others_are_given(tiny_pair, tmp_path, place):
+    pair, other = with_names(tiny_pair, tmp_path, CARRIED), [str(i) for i in range(10)]
+    bundle_from_checkpoint(pair[1], pair[2], place / "a")
+    assert Bundle.open(place / "a").manifest.class_names == tuple(CARRIED)
+    bundle_from_checkpoint(pair[1], pair[2], place / "b", class_names=other)
+    assert Bundle.open(place / "b").manifest.class_names == tuple(other)
+
+
+def test_bad_class_names_of_the_file_leave_nothing_and_may_be_replaced(tiny_pair, tmp_path, place):
+    pair = with_names(tiny_pair, tmp_path, CARRIED[1:])
+    message = refused(pair, place / "b", CheckpointError)
+    assert message.startswith(
+        f"{pair[1]}: its class_names: got 9, expected one for each of the model's 10 classes; give"
+    )
+    assert files(place) == []
+    bundle_from_checkpoint(pair[1], pair[2], place / "b", class_names=CARRIED)
+    assert Bundle.open(place / "b").manifest.class_names == tuple(CARRIED)
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_commands_take_checkpoints_of_runs(run_pair, tiny_bundle, place):
+    pair = ["--var", run_pair[1], "--vae", run_pair[2]]
+    assert command("export", *pair, "--out", place / "b").exit_code == 0
+    assert Bundle.open(place / "b").manifest.class_names == tuple(CARRIED)
+    (place / "names.txt").write_text("\n".join("abcdefghij"))
+    assert command("export", *pair, "--classes", place / "names.txt", "--out", place / "c").exit_code == 0
+    assert Bundle.open(place / "c").manifest.class_names == tuple("abcdefghij")
+    verified = command("verify", tiny_bundle, *pair, "--class", 3, "--json")
+    assert verified.exit_code == 0
+    assert json.loads(verified.stdout)["passed"]
+
+
+def test_inspect_of_checkpoints_of_runs(run_pair, tiny_pair):
+    of_var, of_vqvae, of_file = (
+        json.loads(command("inspect", path, "--json").stdout) for path in (*run_pair[1:], tiny_pair[1])
+    )
+    assert of_var["var"] == of_file["var"] | {"class_names": CARRIED}
+    assert of_file["var"]["class_names"] is None
+    assert of_var["memory"] == of_file["memory"]
+    assert of_var["size"] == sum(file.stat().st_size for file in run_pair[1].iterdir())
+    assert of_vqvae["vqvae"]["patch_nums"] == [1, 2, 3, 4]
+    assert "var" not in of_vqvae
+    assert "Klasse 9" in command("inspect", run_pair[1]).stdout
+
+
+def test_inspect_of_a_run_says_which_checkpoint_to_give_and_of_a_directory_expects_a_bundle(run_pair, tmp_path):
+    run = run_pair[1].parents[1]
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    said = command("inspect", tmp_path / "run").exception
+    step = tmp_path / "run" / "checkpoints" / "step_00001200"
+    assert str(said).endswith(f"the directory of a training run, expected a checkpoint; give {step}")
+    assert isinstance(command("inspect", tmp_path).exception, BundleError)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_half_precision_is_shown(tiny_checkpoints, write_pth):
     assert inspect_checkpoint(write_pth(state))["var"]["dtypes"] == ["float16", "int64"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "d12"])  # the paper's table has no d12
 def test_published_parameter_counts(name):
     """The counts of the paper's table, and the 108.9 M of its VQVAE, from shapes alone."""
     with torch.device("meta"):

@@ -130,7 +130,7 @@ def test_a_pipeline_of_a_preset_runs_on_the_torch_engine(small):
 
 
 def test_what_random_weights_cannot_do_is_said_on_one_line(small):
-    with pytest.raises(RequestError, match=r"^unknown preset 'd99'; known: d16, d20, d24, d30, d36-s, small$"):
+    with pytest.raises(RequestError, match=r"^unknown preset 'd99'; known: d12, d16, d20, d24, d30, d36-s, small$"):
         random_pipeline("d99")
     with pytest.raises(EngineError, match=r"^engine 'onnx' runs graphs from files, random weights have none; use"):
         random_pipeline(small, engine="onnx")

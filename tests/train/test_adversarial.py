@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from var_train import adversarial
 from var_train.adversarial import (
     MAX_ADAPTIVE_WEIGHT,
     PatchDiscriminator,
@@ -56,6 +57,32 @@ def test_the_weight_makes_both_gradients_as_long():
     (ours,) = torch.autograd.grad(reconstruction, layer.weight, retain_graph=True)
     (theirs,) = torch.autograd.grad(weight * adversarial, layer.weight)
     assert theirs.norm().item() == pytest.approx(ours.norm().item(), rel=0.05)  # all but the 1e-4 that guards from 0
+
+
+def test_the_weight_is_of_the_gradients_of_all_processes(monkeypatch):
+    layer = nn.Linear(4, 4, bias=False)
+    y = layer(torch.randn(8, 4))
+    losses = y.abs().mean(), y.square().mean()
+    ours = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in losses]
+    theirs = [torch.randn(4, 4), torch.randn(4, 4)]  # of another process
+
+    def average(tensors):
+        for tensor, other in zip(tensors, theirs, strict=True):
+            tensor.add_(other).div_(2)
+
+    monkeypatch.setattr(adversarial, "average_over_processes", average)
+    means = [(a + b).div(2).norm().item() for a, b in zip(ours, theirs, strict=True)]
+    assert adaptive_weight(*losses, layer.weight).item() == pytest.approx(means[0] / (means[1] + 1e-4), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_weight_does_not_depend_on_the_scale_unless_it_is_too_large(scale):
+    layer = nn.Linear(4, 4, bias=False)
+    y = layer(torch.randn(8, 4))
+    losses = y.abs().mean(), 1e-3 * y.square().mean()
+    ours, theirs = (adaptive_weight(*losses, layer.weight, scale=s).item() for s in (1.0, scale))
+    assert theirs == pytest.approx(ours, rel=1e-6)
+    assert adaptive_weight(*losses, layer.weight, scale=3e38).item() == 0
 
 
 def test_the_weight_is_bounded_where_the_discriminator_says_nothing():

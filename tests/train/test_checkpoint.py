@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import pickle
 import struct
@@ -16,8 +18,18 @@ from safetensors.torch import save_file
 from golden import GOLDEN_NAMES, Golden, golden_config, rule_state_dicts
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.errors import CheckpointError
-from var_train import VAR, VQVAE
-from var_train.checkpoint import kind_of, load_pair, load_var, load_vqvae, read_state_dict
+from var_train import VAR, VQVAE, run_checkpoints
+from var_train.checkpoint import (
+    class_names_of,
+    kind_of,
+    load_pair,
+    load_var,
+    load_vqvae,
+    patch_nums_of,
+    read_state_dict,
+)
+from var_train.run_checkpoints import RunCheckpoints
+from var_train.run_state import RunState
 
 USAGE = "quantize.ema_vocab_hit_SV"
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -160,6 +172,253 @@ def test_weights_whose_sum_overflows_are_still_finite(tiny, write_pth):
     big = torch.full_like(state["head.weight"], 3e38)
     assert torch.isinf(big.sum())
     load_var(write_pth({**state, "head.weight": big}))
+
+
+# Checkpoints of our own runs ------------------------------------------------------------------------------------------
+
+NAMES = [f"Ziffer {i} – ä" for i in range(10)]
+
+
+def saved(place: Path, models: dict[str, torch.nn.Module], step: int = 7, **state) -> Path:
+    """A checkpoint of a run in `place`."""
+    place.mkdir(exist_ok=True)
+    (place / "run.json").write_text("{}")
+    return RunCheckpoints(place / "checkpoints").save(step, RunState(models=models, **state))
+
+
+def filled(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture
+def var_run(tiny, tmp_path) -> Path:
+    """Checkpoint of a VAR run without averaging."""
+    return saved(tmp_path / "var_run", {"var": filled(VAR(tiny[0]), tiny[2])}, values={"class_names": NAMES})
+
+
+@pytest.fixture
+def vqvae_run(tiny, tmp_path) -> Path:
+    """Checkpoint of a VQVAE run, with its discriminator."""
+    models = {"vqvae": filled(VQVAE(tiny[1]), tiny[3]), "discriminator": torch.nn.Linear(2, 3)}
+    values = {"class_names": NAMES[:3], "patch_nums": [1, 2, 3, 4], "step": 7}
+    return saved(tmp_path / "vqvae_run", models, values=values)
+
+
+def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_checkpoints_of_runs_are_read_like_files(tiny, var_run, vqvae_run, caplog):
+    caplog.set_level(logging.INFO)
+    var, vqvae, var_state, vqvae_state = tiny
+    pair = load_pair(var_run, vqvae_run)
+    assert (pair.var, pair.vqvae) == (var, vqvae)
+    assert same(pair.var_state, var_state)
+    assert same(pair.vqvae_state, vqvae_state)
+    assert (kind_of(var_run), kind_of(vqvae_run)) == (["VAR"], ["VQVAE"])
+    assert caplog.messages == []  # nothing was averaged
+
+
+def test_averaged_weights_go_before_those_of_the_last_step(tiny, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    var, _, state, _ = tiny
+    model = filled(VAR(var), state)
+    ema = {name: weight.detach() * 0.5 for name, weight in model.named_parameters() if name != "head.bias"}
+    path = saved(tmp_path / "run", {"var": model}, ema=ema)
+    verified, plain = [], run_checkpoints.damages
+    monkeypatch.setattr(run_checkpoints, "damages", lambda *a: (verified.append(a[0]), plain(*a))[1])
+    config, got = load_var(path)
+    assert verified == [path]  # once
+    assert config == var
+    assert same(got, {key: ema.get(key, tensor) for key, tensor in state.items()})
+    assert not torch.equal(got["head.weight"], state["head.weight"])
+    assert torch.equal(got["head.bias"], state["head.bias"])
+    assert caplog.messages == [f"{path}: of {len(state)} tensors, the averaged weights of {len(ema)} are taken"]
+
+
+def flip_last_byte(checkpoint: Path) -> None:
+    shard = next(checkpoint.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def cut(checkpoint: Path) -> None:
+    shard = next(checkpoint.glob("shard-*"))
+    os.truncate(shard, 1000)
+
+
+def empty_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (
+            flip_last_byte,
+            r"damaged \(shard-\S+ is altered: its sha256 is not the sealed one\); take another checkpoint",
+        ),
+        (cut, r"damaged \(.+\); take another checkpoint of the run"),
+        (lambda path: next(path.glob("shard-*")).unlink(), r"damaged \(shard-\S+ is missing\)"),
+        (empty_manifest, r"damaged \(manifest.json is altered or truncated\)"),
+        (
+            lambda path: (path / "manifest.json").unlink(),
+            r"a directory, expected a file, or a checkpoint of a training",
+        ),
+    ],
+    ids=["flipped", "cut", "missing", "manifest", "no_manifest"],
+)
+def test_damaged_checkpoint_of_a_run_is_refused_on_one_line(var_run, damage, expected):
+    damage(var_run)
+    with pytest.raises(CheckpointError, match=expected) as refusal:
+        load_var(var_run)
+    assert str(refusal.value).startswith(f"{var_run}: ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_bad_weights_in_a_checkpoint_of_a_run_are_named(tiny, tmp_path):
+    model = filled(VAR(tiny[0]), tiny[2])
+    model.head.bias.data[3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"step_00000007: .* 1 problem\(s\): head\.bias holds NaN or infinite"):
+        load_var(saved(tmp_path / "run", {"var": model}))
+
+
+def test_swapped_checkpoints_of_runs_are_recognised(var_run, vqvae_run):
+    with pytest.raises(CheckpointError, match="this is a VQVAE checkpoint, expected a VAR; are the two checkpoints sw"):
+        load_pair(vqvae_run, var_run)
+    with pytest.raises(CheckpointError, match="this is a VAR checkpoint, expected a VQVAE; are the two checkpoints sw"):
+        load_vqvae(var_run)
+
+
+def test_checkpoint_of_another_run_says_what_it_holds(tmp_path):
+    path = saved(tmp_path / "run", {"net": torch.nn.Linear(2, 3)}, ema={"weight": torch.zeros(3, 2)})
+    assert kind_of(path) == []
+    with pytest.raises(CheckpointError, match=r"holds nothing under 'models\.var\.'; known: ema\., models\.net\."):
+        load_var(path)
+
+
+READERS = {
+    "load_var": load_var,
+    "load_vqvae": load_vqvae,
+    "kind_of": kind_of,
+    "class_names_of": class_names_of,
+    "patch_nums_of": patch_nums_of,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_directory_of_a_run_says_which_checkpoint_to_give(var_run, read):
+    run = var_run.parents[1]
+
+    def refusal() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            read(run)
+        return str(caught.value).removeprefix(f"{run}: the directory of a training run, expected a checkpoint; ")
+
+    var_run.rename(var_run.with_name("step_00000900"))
+    (var_run.with_name("step_00001200")).mkdir()
+    assert refusal() == f"give {run / 'checkpoints' / 'step_00001200'}"
+    for name in ("vqvae.safetensors", "var.safetensors"):
+        (run / name).touch()
+        assert refusal() == f"give {run / name}"
+
+
+def test_directory_of_a_run_without_a_checkpoint_says_so(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint; it has none yet, wait for its first$"):
+        load_var(tmp_path)
+
+
+# What travels with the weights ----------------------------------------------------------------------------------------
+
+
+def with_header(path: Path, state: dict[str, torch.Tensor], **notes: object) -> Path:
+    """A safetensors file; notes that are no text become JSON."""
+    texts = {key: note if isinstance(note, str) else json.dumps(note) for key, note in notes.items()}
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path, metadata=texts)
+    return path
+
+
+def test_class_names_of_files_and_runs(tiny, var_run, vqvae_run, tmp_path):
+    file = with_header(tmp_path / "var.safetensors", tiny[2], class_names=NAMES, format="pt")
+    for path in (file, var_run, str(file)):
+        assert class_names_of(path) == tuple(NAMES)
+    assert class_names_of(vqvae_run) == tuple(NAMES[:3])  # of the images; a VQVAE has no classes
+    assert load_var(file)[0] == tiny[0]
+
+
+def test_published_files_carry_no_class_names(tiny, tiny_pair, write_pth, tmp_path):
+    for path in (*tiny_pair[1:], write_pth(tiny[2]), with_header(tmp_path / "a.safetensors", tiny[2], format="pt")):
+        assert class_names_of(path) is None
+        assert patch_nums_of(path) is None
+    with pytest.raises(CheckpointError, match="no such file"):
+        class_names_of(tmp_path / "none.safetensors")
+
+
+BAD_NAMES = {
+    "no_json": ("cat, dog", r"got 'cat, dog', expected a list of texts; give the names in a file, or save"),
+    "deep_json": ("[" * 10**5, r"got '\[+\.\.\., expected a list of texts"),
+    "dict": ({"cat": 0}, r"got \{'cat': 0\}, expected a list of texts"),
+    "numbers": (list(range(10)), r"got \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\], expected a list of texts"),
+    "nine": (NAMES[1:], r"got 9, expected one for each of the model's 10 classes; give the names in a file, or save"),
+    "eleven": ([*NAMES, "null"], r"got 11, expected one for each of the model's 10 classes"),
+    "none": ([], r"got 0, expected one for each"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("form", ["file", "run"])
+def test_bad_class_names_are_refused(tiny, tmp_path, form, name):
+    names, expected = BAD_NAMES[name]
+    if form == "file":
+        path = with_header(tmp_path / "var.safetensors", tiny[2], class_names=names)
+    else:
+        path = saved(tmp_path / "run", {"var": VAR(tiny[0])}, values={"class_names": names})
+    with pytest.raises(CheckpointError, match=f"^{path}: its class_names: {expected}") as refusal:
+        class_names_of(path)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize("values", [{}, {"class_names": None}, "text", [1]], ids=repr)
+def test_runs_without_class_names(tiny, tmp_path, values):
+    path = saved(tmp_path / "run", {"var": VAR(tiny[0])}, values=values)
+    assert class_names_of(path) is None
+
+
+def test_vqvae_alone_takes_the_scales_that_it_carries_and_those_of_a_var_win(tiny, vqvae_run, tmp_path):
+    _, vqvae, _, state = tiny
+    file = with_header(tmp_path / "vqvae.safetensors", state, patch_nums=[1, 3, 4])
+    assert load_vqvae(file)[0].patch_nums == (1, 3, 4)
+    assert load_vqvae(vqvae_run)[0] == vqvae
+    assert load_vqvae(file, (1, 2, 6))[0].patch_nums == (1, 2, 6)
+
+
+BAD_SCALES = {
+    "no_json": ("1_2_3", r"got '1_2_3', expected a tuple of at least two positive integers"),
+    "one": ([4], r"got \(4,\), expected a tuple of at least two positive integers"),
+    "texts": (["1", "2"], r"got \('1', '2'\), expected a tuple of at least two"),
+    "fractions": ([1.0, 2.0], r"got \(1\.0, 2\.0\), expected a tuple of at least two"),
+    "shrinking": ([1, 3, 2], r"got \(1, 3, 2\), expected strictly growing sides"),
+    "number": (4, r"got 4, expected a tuple"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCALES)
+def test_bad_scales_that_a_vqvae_carries_are_refused(tiny, tmp_path, name):
+    scales, expected = BAD_SCALES[name]
+    path = with_header(tmp_path / "vqvae.safetensors", tiny[3], patch_nums=scales)
+    with pytest.raises(CheckpointError, match=f"^{path}: its patch_nums: {expected}.*; save the checkpoint again with"):
+        patch_nums_of(path)
+
+
+def test_bad_scales_matter_only_where_they_are_needed(tiny, tmp_path):
+    path = with_header(tmp_path / "vqvae.safetensors", tiny[3], patch_nums="all")
+    assert load_vqvae(path, (1, 2, 3, 4))[0] == tiny[1]
+    with pytest.raises(CheckpointError, match="its patch_nums: got 'all'"):
+        load_vqvae(path)
 
 
 # What is refused: the file as such ------------------------------------------------------------------------------------

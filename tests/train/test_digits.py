@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from var_deploy.errors import CheckpointError, RequestError, VarDeployError
+from var_deploy.config import ConfigError
+from var_deploy.errors import DataError, RequestError, VarDeployError
 from var_train import digits, digits_data
+from var_train.checkpoint import load_pair
 from var_train.digits_quality import (
     LabelledImages,
     import_sklearn,
@@ -22,6 +23,8 @@ from var_train.digits_quality import (
     quality_report,
     rms,
 )
+from var_train.image_data import decode
+from var_train.image_files import open_images
 
 pytest.importorskip("sklearn", reason="the digits example needs the extra 'digits'")
 
@@ -65,21 +68,50 @@ def test_enlarge_keeps_places():
     assert image_RR[16:, :].max() == 0
 
 
-def test_batches_pass_over_all_images_and_repeat_with_the_seed(split):
-    labels_N = np.arange(40)
-    images = LabelledImages(split.train.images_N3RR[:40], labels_N)
-    stream = digits_data.batches(images, 16, seed=3)
-    passes = [torch.cat([next(stream)[1] for _ in range(3)]) for _ in range(2)]
-    assert all(sorted(one.tolist()) == labels_N.tolist() for one in passes)
-    assert not torch.equal(*passes)
-    image_B3RR, labels_B = next(digits_data.batches(images, 16, seed=3))
-    again_B3RR, _ = next(digits_data.batches(images, 16, seed=3))
-    assert torch.equal(image_B3RR, again_B3RR)
-    assert image_B3RR.shape == (16, 3, 32, 32)
-    assert -1 <= image_B3RR.min() < image_B3RR.max() <= 1 + 1e-6
-    original_B3RR = torch.from_numpy(images.images_N3RR)[labels_B] * 2 - 1
-    difference = (image_B3RR - original_B3RR).abs().mean()
-    assert 0.01 < difference < 0.5  # moved, but still the same digit
+def test_a_moved_digit_is_another_picture_of_the_same_digit(split):
+    images = first(split.train, 40)
+    passes = digits_data.moved(images, seed=3, passes=2)
+    assert passes.labels_N.tolist() == [*images.labels_N, *images.labels_N]
+    assert passes.images_N3RR.shape == (80, 3, 32, 32)
+    assert 0 <= passes.images_N3RR.min() < passes.images_N3RR.max() <= 1 + 1e-6
+    for pass_N3RR in np.split(passes.images_N3RR, 2):
+        difference_N = np.abs(pass_N3RR - images.images_N3RR).mean(axis=(1, 2, 3))
+        assert difference_N.min() > 0
+        assert 0.01 < difference_N.mean() < 0.25
+    assert not np.array_equal(*np.split(passes.images_N3RR, 2))
+    again = digits_data.moved(images, seed=3)
+    np.testing.assert_array_equal(again.images_N3RR, passes.images_N3RR[:40])
+
+
+def test_the_data_set_is_read_as_it_was_written(split, tmp_path, monkeypatch):
+    small = digits_data.DigitsSplit(first(split.train, 30), first(split.held_out, 20))
+    monkeypatch.setattr(digits_data, "load_split", lambda: small)
+    arguments = ["images", str(tmp_path / "digits"), "--variants", "3", "--seed", "4"]
+    result = CliRunner().invoke(digits.app, arguments, catch_exceptions=False)
+    assert result.output == f"wrote {tmp_path / 'digits'}: 90 training and 20 validation images\n"
+    expected = digits_data.moved(small.train, 4, 3), small.held_out
+    for part, wanted in zip(("train", "val"), expected, strict=True):
+        images = open_images(tmp_path / "digits", split=part)
+        assert images.class_names == digits_data.CLASS_NAMES
+        assert images.labels_N.tolist() == wanted.labels_N.tolist()
+        pixels_NRR3 = np.stack([np.asarray(decode(images.read(index))) for index in range(len(images))])
+        np.testing.assert_allclose(pixels_NRR3 / 255, wanted.images_N3RR.transpose(0, 2, 3, 1), atol=0.5 / 255 + 1e-6)
+    assert len({images.name(index) for index in range(len(images))}) == 20
+
+
+@pytest.mark.parametrize(
+    ("variants", "error", "message"),
+    [
+        (0, ConfigError, r"^variants: got 0, expected at least 1$"),
+        (1, DataError, r"taken: exists already; nothing is overwritten, choose another name or remove it$"),
+    ],
+)
+def test_a_data_set_that_cannot_be_written_is_one_line(split, tmp_path, monkeypatch, variants, error, message):
+    monkeypatch.setattr(digits_data, "load_split", lambda: split)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(error, match=message):
+        digits_data.write_digits(tmp_path / "taken", variants=variants, seed=0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken"]
 
 
 def test_real_digits_pass_as_generated(split):
@@ -135,8 +167,8 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
 
 def test_shipped_checkpoints_are_small_plain_and_load_strictly():
     assert VQVAE_PATH.stat().st_size + VAR_PATH.stat().st_size < 16e6
-    models = digits.load_models(VQVAE_PATH, VAR_PATH)
-    for model, path in zip(models, (VQVAE_PATH, VAR_PATH), strict=True):
+    models = load_pair(VAR_PATH, VQVAE_PATH).models()
+    for model, path in zip(models, (VAR_PATH, VQVAE_PATH), strict=True):
         stored = load_file(path)
         assert {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in model.state_dict().items()}
         assert {v.dtype for v in stored.values()} <= {torch.float16, torch.int64}
@@ -145,7 +177,7 @@ def test_shipped_checkpoints_are_small_plain_and_load_strictly():
 
 
 def test_shipped_checkpoints_draw_digits(split):
-    vqvae, var = digits.load_models(VQVAE_PATH, VAR_PATH)
+    var, vqvae = load_pair(VAR_PATH, VQVAE_PATH).models()
     generated = digits.generate_digits(vqvae, var, per_class=10, seed=1)
     report = quality_report(generated, split.train, split.held_out)["generated"]
     assert report["accuracy"] >= 0.95
@@ -154,30 +186,31 @@ def test_shipped_checkpoints_draw_digits(split):
     assert rms(digits.reconstruct(vqvae, real), real) < 0.1
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"digits_var.*not the VQVAE .* differ.*var_train\.digits train"):
-        digits.load_models(VAR_PATH, VQVAE_PATH)
-    with pytest.raises(CheckpointError, match=r"absent\.safetensors: cannot be read.*var_train\.digits train"):
-        digits.load_models(tmp_path / "absent.safetensors", VAR_PATH)
-    (tmp_path / "text").write_text("these are no tensors")
-    with pytest.raises(CheckpointError, match=r"text: cannot be read"):
-        digits.load_models(VQVAE_PATH, tmp_path / "text")
+@pytest.mark.parametrize(
+    ("var", "vae", "message"),
+    [
+        (VQVAE_PATH, VAR_PATH, f"{VQVAE_PATH}: this is a VQVAE checkpoint, expected a VAR; are the two files swapped?"),
+        (VAR_PATH, Path("absent"), "absent: no such file; check the path"),
+    ],
+    ids=["swapped", "absent"],
+)
+def test_files_that_do_not_fit_are_refused(monkeypatch, capsys, split, var, vae, message):
+    monkeypatch.setattr(digits, "load_split", lambda: split)
+    monkeypatch.setattr("sys.argv", ["digits", "quality", "--var", str(var), "--vae", str(vae)])
+    with pytest.raises(SystemExit) as ended:
+        digits.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_train_then_quality_on_the_command_line(split, tmp_path, monkeypatch):
+def test_quality_on_the_command_line(split, tmp_path, monkeypatch):
     small = digits_data.DigitsSplit(first(split.train, 100), first(split.held_out, 20))
     monkeypatch.setattr(digits, "load_split", lambda: small)
     monkeypatch.setattr(digits, "AUGMENTED_REFERENCES", 1)
-    monkeypatch.setattr(digits, "BATCH_SIZE", 8)
-    for name in ("VQVAE_SETTINGS", "VAR_SETTINGS"):
-        monkeypatch.setattr(digits, name, dataclasses.replace(getattr(digits, name), steps=2))
-    result = CliRunner().invoke(digits.app, ["train", "--out", str(tmp_path)], catch_exceptions=False)
-    assert result.exit_code == 0
     report_path, grid_path = tmp_path / "report.json", tmp_path / "grid.png"
     arguments = {
-        "--vae": tmp_path / digits.VQVAE_FILE,
-        "--var": tmp_path / digits.VAR_FILE,
-        "--training": tmp_path / "training.json",
+        "--vae": VQVAE_PATH,
+        "--var": VAR_PATH,
         "--json": report_path,
         "--grid": grid_path,
         "--per-class": 1,
@@ -188,5 +221,9 @@ def test_train_then_quality_on_the_command_line(split, tmp_path, monkeypatch):
     assert "SVM accuracy" in result.output
     report = json.loads(report_path.read_text())
     assert report["generated"]["images"] == 10
-    assert report["training"]["var"]["steps"] == 2
+    assert report["sampling"] == {"per_class": 1, "guidance": 2.0, "top_k": 0, "top_p": 0.95, "seed": 0}
+    assert report["file_bytes"] == {"vqvae": VQVAE_PATH.stat().st_size, "var": VAR_PATH.stat().st_size}
+    assert report["config"]["vqvae"]["patch_nums"] == [1, 2, 3, 4]
+    assert set(report["copy_check"]) == {"generated", "held_out", "moved_copies"}
+    assert 0 < report["cross_entropy"]["train"] < np.log(report["config"]["var"]["vocab_size"])
     assert grid_path.stat().st_size > 0

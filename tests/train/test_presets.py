@@ -25,6 +25,7 @@ def small(monkeypatch) -> tuple[VARConfig, VQVAEConfig]:
 @pytest.mark.parametrize(
     ("name", "depth", "width", "tokens", "image", "shared"),
     [
+        ("d12", 12, 768, 680, 256, False),
         ("d16", 16, 1024, 680, 256, False),
         ("d20", 20, 1280, 680, 256, False),
         ("d24", 24, 1536, 680, 256, False),
@@ -40,7 +41,7 @@ def test_published_sizes(name, depth, width, tokens, image, shared):
 
 
 def test_every_preset_is_covered_above():
-    assert list(PRESETS) == ["d16", "d20", "d24", "d30", "d36-s"]
+    assert list(PRESETS) == ["d12", "d16", "d20", "d24", "d30", "d36-s"]
 
 
 def test_files_load_strictly_and_are_the_same_every_time(small, tmp_path):

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from var_deploy.errors import CheckpointError
 from var_train import run_checkpoints
 from var_train.checkpoint_files import MANIFEST, checked_manifest, damages
-from var_train.run_checkpoints import RunCheckpoints, weights
+from var_train.run_checkpoints import RunCheckpoints, newest_of, stored_tensors, weights
 from var_train.run_state import RunState, checkpoint_bytes, saved_form
 
 ROOT = Path(__file__).parents[2]
@@ -735,6 +735,47 @@ def test_saving_before_a_newer_one_is_refused(three):
 def test_unknown_part_of_a_checkpoint(three):
     with pytest.raises(CheckpointError, match=r"holds nothing under 'models.var.'; known: ema\., models\.net\."):
         weights(three / "step_00000003", "models.var.")
+
+
+def test_an_earlier_prefix_goes_before_a_later_one_in_one_verified_reading(three, monkeypatch):
+    path = three / "step_00000003"
+    ema, net = weights(path, "ema."), weights(path, "models.net.")
+    assert [key for key in ema if torch.equal(ema[key], net[key])] == []
+    read = []
+    monkeypatch.setattr(run_checkpoints, "damages", lambda *a: (read.append(a[0]), damages(*a))[1])
+    merged = weights(path, "ema.", "models.net.")
+    assert read == [path]
+    assert merged.keys() == net.keys() == ema.keys() | {"calls"}
+    assert all(torch.equal(merged[key], ema.get(key, net[key])) for key in net)
+    assert all(torch.equal(tensor, net[key]) for key, tensor in weights(path, "models.net.", "ema.").items())
+    assert weights(path, "models.var.", "ema.").keys() == ema.keys()
+    with pytest.raises(
+        CheckpointError, match=r"nothing under 'models\.a\.' or 'models\.b\.'; known: ema\., models\.net"
+    ):
+        weights(path, "models.a.", "models.b.")
+
+
+def test_headers_tell_names_shapes_and_types(three):
+    stored = stored_tensors(three / "step_00000003")
+    tensors, _ = content_at(3)
+    assert {key: (form.size, form.properties.dtype) for key, form in stored.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("damage", ["truncated shard", "empty shard", "missing shard", "flipped byte of header"])
+def test_headers_that_cannot_be_read_are_damage(three, damage):
+    DAMAGES[damage][0](three / "step_00000003")
+    with pytest.raises(CheckpointError, match=r"step_00000003: damaged \(.+\); take another checkpoint of") as caught:
+        stored_tensors(three / "step_00000003")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_newest_of_a_directory(three):
+    (three / "step_of_mine").mkdir()
+    (three / ".partial-step_00000004").mkdir()
+    assert newest_of(three) == three / "step_00000003"
+    assert newest_of(three / "not" / "there") is None
 
 
 def test_misuse_is_named():

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .processes import average_over_processes
+
 #: The discriminator never counts for more than this times the reconstruction.
 MAX_ADAPTIVE_WEIGHT = 1e4
 
@@ -56,12 +58,17 @@ def generator_loss(fake_B1rr: Tensor) -> Tensor:
     return -fake_B1rr.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter, *, scale: float = 1.0
+) -> Tensor:
     """How strongly the adversarial term has to count for its gradient at the last layer to be as long as the other's.
 
-    Both are losses that depend on `last_layer`; their graphs are kept. A number without a gradient.
+    Both are losses that depend on `last_layer`; their graphs are kept. A number without a gradient, the same in all
+    processes: their gradients are averaged, as those of a global batch are. `scale` is that of the losses in fp16,
+    which would round small gradients to 0; where it is too large, and the update is left out for it, the weight is 0.
     """
-    (of_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    ratio = of_reconstruction.norm() / (of_adversarial.norm() + 1e-4)
-    return ratio.clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()
+    (of_reconstruction,) = torch.autograd.grad(scale * reconstruction, last_layer, retain_graph=True)
+    (of_adversarial,) = torch.autograd.grad(scale * adversarial, last_layer, retain_graph=True)
+    average_over_processes([of_reconstruction, of_adversarial])
+    ratio = of_reconstruction.norm() / (of_adversarial.norm() + scale * 1e-4)
+    return ratio.nan_to_num(nan=0.0, posinf=0.0).clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()

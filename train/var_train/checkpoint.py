@@ -1,36 +1,44 @@
-"""Checkpoint files → checked state dicts and the configurations they imply.
+"""Checkpoints → checked state dicts, the configurations they imply, and the class names and scales they carry.
 
-Reads plain state dicts (.pth, .safetensors) and training checkpoints (`trainer.var_wo_ddp`, `trainer.vae_local`).
-Nothing in a file is ever executed: pickles are read with `weights_only=True`. Tensors stay memory-mapped where the
-format allows, so a checkpoint costs no private memory until a tensor is used.
+Reads plain state dicts (.pth, .safetensors), published training checkpoints (`trainer.var_wo_ddp`,
+`trainer.vae_local`) and checkpoint directories of our own runs. Nothing in a file is ever executed: pickles are read
+with `weights_only=True`. Tensors of files stay memory-mapped where the format allows, so such a checkpoint costs no
+private memory until a tensor is used.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import logging
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from var_deploy.config import HEAD_DIM, ConfigError, PhiLayout, VARConfig, VQVAEConfig
+from var_deploy.config import ConfigError, ScalesConfig, VARConfig, VQVAEConfig
 from var_deploy.errors import CheckpointError
 
+from .checkpoint_files import MANIFEST
+from .infer_config import StateDict, infer_var_config, infer_vqvae_config
+from .run_checkpoints import manifest_of, newest_of, stored_tensors, weights
+from .run_folder import CHECKPOINTS, RUN_FILE, finished_file
 from .var import VAR, scale_index_and_mask
 from .vqvae import VQVAE
 
-StateDict = dict[str, Tensor]
+log = logging.getLogger("var_train")
 
-#: Keys that only the published training checkpoint has, by what they hold.
+#: Keys that only the published training checkpoint has, by what they hold; names of models in checkpoints of our runs.
 _TRAINER_KEYS = {"VAR": "var_wo_ddp", "VQVAE": "vae_local"}
+_RUN_MODELS = {"VAR": "var", "VQVAE": "vqvae"}
 _MARKER_KEYS = {"VAR": "word_embed.weight", "VQVAE": "quantize.embedding.weight"}
 
 
@@ -87,10 +95,13 @@ def load_vqvae(
 ) -> tuple[VQVAEConfig, StateDict]:
     """Configuration and state dict of a VQVAE checkpoint.
 
-    A VQVAE file does not say its scales: they come from its VAR. Without one (`patch_nums` None, for inspection)
-    placeholder scales 1…K of the usage statistics stand in. Raises CheckpointError.
+    No weight shows the scales, and those of a VAR (`patch_nums`) win, as codes serve other scales too. Without one
+    they are those that the checkpoint carries; a published one carries none, and for inspection placeholder scales
+    1…K of the usage statistics stand in. Raises CheckpointError.
     """
     state = read_state_dict(path, "VQVAE")
+    if patch_nums is None:
+        patch_nums = patch_nums_of(path)
     config = infer_vqvae_config(state, patch_nums, path, using_znorm=using_znorm)
     with torch.device("meta"):
         expected = VQVAE(config).state_dict()
@@ -101,9 +112,50 @@ def load_vqvae(
     return config, state
 
 
+def class_names_of(path: Path) -> tuple[str, ...] | None:
+    """The class names that a checkpoint of our runs carries, one per class of a VAR; None where it carries none.
+
+    A VQVAE's are those of the images it was trained on. Raises CheckpointError.
+    """
+    notes, shapes = _heading(Path(path))
+    names = notes.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"{path}: its class_names: got {_short(names)}, expected a list of texts; give the names in a file, "
+            "or save the checkpoint again with such a list"
+        )
+    rows = shapes.get("class_emb.weight")
+    if rows and len(names) != rows[0] - 1:
+        raise CheckpointError(
+            f"{path}: its class_names: got {len(names)}, expected one for each of the model's {rows[0] - 1} classes; "
+            "give the names in a file, or save the checkpoint again with all of them"
+        )
+    return tuple(names)
+
+
+def patch_nums_of(path: Path) -> tuple[int, ...] | None:
+    """The scales that a VQVAE checkpoint of our runs carries; None where it carries none. Raises CheckpointError."""
+    sides = _heading(Path(path))[0].get("patch_nums")
+    if sides is None:
+        return None
+    try:
+        return ScalesConfig(patch_nums=tuple(sides) if isinstance(sides, list) else sides).patch_nums
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its {error}; save the checkpoint again with its scales") from error
+
+
 def read_state_dict(path: Path, kind: str) -> StateDict:
-    """The state dict of `kind` ("VAR" or "VQVAE") in a file, unwrapped from a training checkpoint if need be."""
-    content = _read_file(Path(path))
+    """The state dict of `kind` ("VAR" or "VQVAE") in a file, unwrapped from a training checkpoint if need be.
+
+    Or in a checkpoint directory of one of our runs: the averaged weights, where it has them, and the rest as it is.
+    Raises CheckpointError.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long; reading it says so
+        return _state_dict_of_run(path, kind)
+    content = _read_file(path)
     if "trainer" in content:
         trainer, key = content["trainer"], _TRAINER_KEYS[kind]
         if not isinstance(trainer, Mapping) or key not in trainer:
@@ -116,10 +168,80 @@ def read_state_dict(path: Path, kind: str) -> StateDict:
             f"{path}: no state dict found; got {held}, expected a dict of tensors or a training checkpoint "
             "with 'trainer'"
         )
-    other = "VQVAE" if kind == "VAR" else "VAR"
+    other = _other(kind)
     if _MARKER_KEYS[kind] not in content and _MARKER_KEYS[other] in content:
         raise CheckpointError(f"{path}: this is a {other} checkpoint, expected a {kind}; are the two files swapped?")
     return dict(content)
+
+
+def _other(kind: str) -> str:
+    return "VQVAE" if kind == "VAR" else "VAR"
+
+
+def _state_dict_of_run(path: Path, kind: str) -> StateDict:
+    _require_run_checkpoint(path)
+    stored = stored_tensors(path)
+    kinds, model = _kinds_of_run(stored), f"models.{_RUN_MODELS[kind]}."
+    if kind not in kinds and kinds:
+        raise CheckpointError(
+            f"{path}: this is a {_other(kind)} checkpoint, expected a {kind}; are the two checkpoints swapped?"
+        )
+    averaged = sum(name.startswith("ema.") for name in stored)
+    if averaged:
+        every = sum(name.startswith(model) for name in stored)
+        log.info("%s: of %d tensors, the averaged weights of %d are taken", path, every, averaged)
+    return weights(path, "ema.", model) if kinds else weights(path, model)
+
+
+def _kinds_of_run(stored: Iterable[str]) -> list[str]:
+    return [kind for kind, name in _RUN_MODELS.items() if any(key.startswith(f"models.{name}.") for key in stored)]
+
+
+def _require_run_checkpoint(path: Path) -> None:
+    """Says what to give instead of a directory that is no checkpoint."""
+    if (path / MANIFEST).exists():
+        return
+    if not (path / RUN_FILE).exists():
+        raise CheckpointError(
+            f"{path}: a directory, expected a file, or a checkpoint of a training run, which has a {MANIFEST}"
+        )
+    finished = (finished_file(path, model) for model in _RUN_MODELS.values())
+    usable = next((file for file in finished if file.is_file()), None) or newest_of(path / CHECKPOINTS)
+    step = f"give {usable}" if usable else "it has none yet, wait for its first"
+    raise CheckpointError(f"{path}: the directory of a training run, expected a checkpoint; {step}")
+
+
+def _heading(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Sequence[int]]]:
+    """(what a checkpoint of our runs carries beside its weights, shapes by key), without reading a tensor.
+
+    Both are empty for files that carry nothing but weights.
+    """
+    if os.path.isdir(path):
+        _require_run_checkpoint(path)
+        values = manifest_of(path).get("values")
+        shapes = {name.removeprefix("models.var."): form.size for name, form in stored_tensors(path).items()}
+        return values if isinstance(values, dict) else {}, shapes
+    if not _is_safetensors(_head(path)):
+        return {}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = {key: _parsed(text) for key, text in (file.metadata() or {}).items()}
+            return notes, {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged_safetensors(path, error) from error
+
+
+def _parsed(text: str) -> Any:
+    """A text of a header's metadata, which is JSON where we wrote it and anything else elsewhere."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 #: What PyTorch's reader raises for a file whose bytes make no sense.
@@ -133,27 +255,43 @@ def _is_state_dict(content: object) -> bool:
 
 
 def kind_of(path: Path) -> list[str]:
-    """Which of "VAR" and "VQVAE" a checkpoint file holds (both for a training checkpoint)."""
-    content = _read_file(Path(path))
+    """Which of "VAR" and "VQVAE" a checkpoint holds (both for a published training checkpoint)."""
+    path = Path(path)
+    if os.path.isdir(path):
+        _require_run_checkpoint(path)
+        return _kinds_of_run(stored_tensors(path))
+    content = _read_file(path)
     if isinstance(content.get("trainer"), Mapping):
         return [kind for kind, key in _TRAINER_KEYS.items() if key in content["trainer"]]
     return [kind for kind, key in _MARKER_KEYS.items() if key in content]
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def _head(path: Path) -> bytes:
+    """A file's first bytes, which tell its format."""
     try:
         with path.open("rb") as file:
             head = file.read(9)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path}: a directory, expected a file") from error
+        raise CheckpointError(f"{path}: no such file; check the path") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it ({error.strerror})") from error
     if not head:
         raise CheckpointError(f"{path}: empty file; copy the checkpoint again")
+    return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and head[:4] != b"PK\x03\x04"
+
+
+def _damaged_safetensors(path: Path, error: SafetensorError) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or truncated safetensors file ({error}); copy it again")
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    head = _head(path)
     try:
-        if head[8:9] == b"{" and head[:4] != b"PK\x03\x04":
+        if _is_safetensors(head):
             return load_file(path)
         if zipfile.is_zipfile(path):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -175,108 +313,13 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             ) from error
         raise CheckpointError(f"{path}: damaged or truncated pickle; copy the file again") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file ({error}); copy it again") from error
+        raise _damaged_safetensors(path, error) from error
     except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged or truncated ({reason}); copy the file again") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict")
     return content
-
-
-def infer_var_config(state: StateDict, path: Path) -> VARConfig:
-    """Configuration from keys and shapes alone. Raises CheckpointError."""
-
-    def need(key: str, dims: int) -> Tensor:
-        if key not in state:
-            raise CheckpointError(f"{path}: missing key {key!r}, needed to infer the configuration of a VAR")
-        if state[key].dim() != dims:
-            raise CheckpointError(f"{path}: {key} has shape {tuple(state[key].shape)}, expected {dims} axes")
-        return state[key]
-
-    lvl_1L = need("lvl_1L", 2).long()
-    if not lvl_1L.numel() or lvl_1L.min() < 0 or lvl_1L.max() >= lvl_1L.shape[1]:
-        raise CheckpointError(f"{path}: lvl_1L does not hold the scale index of each token; the file is damaged")
-    counts = torch.bincount(lvl_1L[0]).tolist()
-    patch_nums = tuple(math.isqrt(n) for n in counts)
-    if [pn * pn for pn in patch_nums] != counts:
-        raise CheckpointError(f"{path}: lvl_1L counts {counts} tokens per scale, expected square numbers")
-    embed_dim, z_channels = need("word_embed.weight", 2).shape
-    scale_mul = state.get("blocks.0.attn.scale_mul_1H11")
-    if scale_mul is not None and scale_mul.dim() == 4 and scale_mul.shape[1] * HEAD_DIM != embed_dim:
-        raise CheckpointError(
-            f"{path}: {scale_mul.shape[1]} heads at width {embed_dim}, expected head width {HEAD_DIM} "
-            f"({embed_dim // HEAD_DIM} heads)"
-        )
-    try:
-        return VARConfig(
-            patch_nums=patch_nums,
-            vocab_size=need("head.weight", 2).shape[0],
-            z_channels=z_channels,
-            num_classes=need("class_emb.weight", 2).shape[0] - 1,
-            depth=_count(state, path, r"blocks\.(\d+)\."),
-            embed_dim=embed_dim,
-            ffn_dim=need("blocks.0.ffn.fc1.weight", 2).shape[0],
-            shared_aln=any(key.endswith(".ada_gss") for key in state),
-            attn_l2_norm=scale_mul is not None,
-        )
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def infer_vqvae_config(
-    state: StateDict, patch_nums: tuple[int, ...] | None, path: Path, *, using_znorm: bool = False
-) -> VQVAEConfig:
-    """Configuration from keys and shapes alone, but for the scales. Raises CheckpointError."""
-
-    def need(key: str, dims: int) -> Tensor:
-        if key not in state:
-            raise CheckpointError(f"{path}: missing key {key!r}, needed to infer the configuration of a VQVAE")
-        if state[key].dim() != dims:
-            raise CheckpointError(f"{path}: {key} has shape {tuple(state[key].shape)}, expected {dims} axes")
-        return state[key]
-
-    ch = need("encoder.conv_in.weight", 4).shape[0]
-    widths = [
-        need(f"encoder.down.{level}.block.0.conv1.weight", 4).shape[0]
-        for level in range(_count(state, path, r"encoder\.down\.(\d+)\."))
-    ]
-    partial = _count(state, path, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
-    per_scale = _count(state, path, r"quantize\.quant_resi\.(\d+)\.")
-    if partial:
-        layout, num_phi = PhiLayout.PARTIAL, partial
-    elif per_scale:
-        layout, num_phi = PhiLayout.PER_SCALE, per_scale
-    else:
-        layout, num_phi = PhiLayout.SINGLE, 1
-    vocab_size, z_channels = need("quantize.embedding.weight", 2).shape
-    if patch_nums is None:
-        usage = state.get("quantize.ema_vocab_hit_SV")
-        scales = len(usage) if usage is not None and usage.dim() == 2 and len(usage) > 1 else 10
-        patch_nums = tuple(range(1, 1 + scales))
-    try:
-        return VQVAEConfig(
-            patch_nums=patch_nums,
-            vocab_size=vocab_size,
-            z_channels=z_channels,
-            ch=ch,
-            ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=_count(state, path, r"encoder\.down\.0\.block\.(\d+)\."),
-            num_phi=num_phi,
-            phi_layout=layout,
-            using_znorm=using_znorm,
-        )
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _count(state: StateDict, path: Path, pattern: str) -> int:
-    """One more than the largest number that a key has where the pattern has its group. Raises CheckpointError."""
-    numbers = [int(match.group(1)) for key in state if (match := re.match(pattern, key))]
-    count = 1 + max(numbers, default=-1)
-    if count > len(state):  # said before a model of that many parts is built
-        raise CheckpointError(f"{path}: a key numbers part {count - 1} of a state dict with {len(state)} keys")
-    return count
 
 
 def _check_against(state: StateDict, expected: Mapping[str, Tensor], path: Path, kind: str) -> None:

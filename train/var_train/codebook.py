@@ -7,9 +7,9 @@ iteration and the global batch alone. Axes: B images of this process, S scales, 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .processes import sum_over_processes
 from .quantizer import MultiScaleQuantizer
 
 USAGE_DECAY = 0.9  #: of the running usage; short, so that a revived entry is judged by what came after
@@ -21,8 +21,7 @@ def record_usage(quantizer: MultiScaleQuantizer, tokens: list[Tensor]) -> Tensor
     """Updates `ema_vocab_hit_SV`, the running hits per iteration; returns this iteration's, float32 [S, V]."""
     V = quantizer.config.vocab_size
     hits_SV = torch.stack([tokens_Bn.flatten().bincount(minlength=V) for tokens_Bn in tokens]).float()
-    if dist.is_initialized():
-        dist.all_reduce(hits_SV)
+    sum_over_processes(hits_SV)
     quantizer.ema_vocab_hit_SV.lerp_(hits_SV, 1 - USAGE_DECAY)
     return hits_SV
 
@@ -39,16 +38,16 @@ def perplexity(hits_SV: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def revive_unused(quantizer: MultiScaleQuantizer, f_BChh: Tensor, *, seed: int, first_row: int, rows: int) -> int:
-    """Puts entries that almost nothing falls on onto residual vectors of the global batch; returns how many.
+def revive_unused(quantizer: MultiScaleQuantizer, f_BChh: Tensor, *, seed: int, first_row: int, rows: int) -> Tensor:
+    """Puts entries that almost nothing falls on onto residual vectors of the global batch; returns which, bool [V].
 
     `f_BChh`: features of this process's images, which are rows `first_row` … of a global batch of `rows`. All processes
-    must call it together, with the same seed.
+    must call it together, with the same seed. An entry whose vector is not finite stays as it is.
     """
     unused_V = quantizer.ema_vocab_hit_SV.sum(dim=0) < UNUSED
     count = int(unused_V.sum())
     if count == 0:
-        return 0
+        return unused_V
     vectors_BNC = residual_vectors(quantizer, f_BChh)
     B, N, C = vectors_BNC.shape
     random = torch.Generator().manual_seed(seed)
@@ -56,10 +55,11 @@ def revive_unused(quantizer: MultiScaleQuantizer, f_BChh: Tensor, *, seed: int, 
     ours = (chosen >= 0) & (chosen < B * N)
     codes = torch.zeros(count, C, device=f_BChh.device)
     codes[ours] = vectors_BNC.flatten(0, 1)[chosen[ours]].float()
-    if dist.is_initialized():
-        dist.all_reduce(codes)  # every vector comes from one process, the others add 0
-    quantizer.embedding.weight[unused_V] = codes.to(quantizer.embedding.weight.dtype)
-    return count
+    sum_over_processes(codes)  # every vector comes from one process, the others add 0
+    sound = codes.isfinite().all(dim=1)
+    unused_V[unused_V.nonzero().squeeze(1)[~sound]] = False
+    quantizer.embedding.weight[unused_V] = codes[sound].to(quantizer.embedding.weight.dtype)
+    return unused_V
 
 
 def residual_vectors(quantizer: MultiScaleQuantizer, f_BChh: Tensor) -> Tensor:

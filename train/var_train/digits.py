@@ -1,13 +1,13 @@
-"""A small VAR on scikit-learn's handwritten digits: the two configurations, and the command line around them.
+"""The digits example: a data set for the trainer, and the judgement of what a model trained on it draws.
 
-`python -m var_train.digits train` makes the checkpoints that the repository ships, `… quality` measures them.
+`python -m var_train.digits images OUT` writes the data set, `… quality` measures checkpoints; `make digits` trains the
+ones that the repository ships, from `train/configs`.
 Axes: N images, B images of a batch, R image side.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,79 +16,23 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from var_deploy.config import VARConfig, VQVAEConfig, config_to_dict
-from var_deploy.errors import CheckpointError, VarDeployError
+from var_deploy.config import config_to_dict
+from var_deploy.errors import run_command
 
-from .digits_data import DigitsSplit, batches, load_split, moved
-from .digits_quality import (
-    LabelledImages,
-    distance_summary,
-    quality_report,
-    rms,
-    save_grid,
-)
+from .checkpoint import load_pair
+from .digits_data import DigitsSplit, load_split, moved, write_digits
+from .digits_quality import LabelledImages, distance_summary, quality_report, rms, save_grid
 from .generate import generate
-from .loops import LoopSettings, token_cross_entropy, train_var, train_vqvae
+from .recipe import token_loss
 from .var import VAR
 from .vqvae import VQVAE
 
-PATCH_NUMS = (1, 2, 3, 4)
-VQVAE_CONFIG = VQVAEConfig(
-    patch_nums=PATCH_NUMS, vocab_size=256, z_channels=32, ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1
-)
-VAR_CONFIG = VARConfig(
-    patch_nums=PATCH_NUMS,
-    vocab_size=VQVAE_CONFIG.vocab_size,
-    z_channels=VQVAE_CONFIG.z_channels,
-    num_classes=10,
-    depth=6,
-    embed_dim=192,
-    ffn_dim=768,
-)
 VQVAE_FILE, VAR_FILE = "digits_vqvae.safetensors", "digits_var.safetensors"
 
-BATCH_SIZE = 64
-VQVAE_SETTINGS = LoopSettings(steps=1200, learning_rate=1e-3, weight_decay=0.01)
-VAR_SETTINGS = LoopSettings(steps=1400, learning_rate=1e-3, weight_decay=0.05)
-DROP_PATH = 0.1
 AUGMENTED_REFERENCES = 16  # augmented variants of each training image that the copy check compares with
 #: Sampling that the shipped checkpoints are judged at; 0 turns top-k off.
 GUIDANCE, TOP_K, TOP_P = 2.0, 0, 0.95
-
-
-def save_half(model: nn.Module, path: Path) -> None:
-    """Writes the plain state dict with floats as float16, half the size."""
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file(state, path)
-
-
-def load_models(vqvae_file: Path, var_file: Path) -> tuple[VQVAE, VAR]:
-    """The digits models in float32 from files that `train` wrote."""
-    vqvae, var = VQVAE(VQVAE_CONFIG).eval(), VAR(VAR_CONFIG).eval()
-    for model, path in ((vqvae, vqvae_file), (var, var_file)):
-        model.load_state_dict(_checked_state(path, model))
-    return vqvae, var
-
-
-def _checked_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The file's tensors with floats as float32, after comparing names and shapes with the model's."""
-    advice = "give the file that `python -m var_train.digits train` wrote for it"
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {advice}") from error
-    expected = {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    differing = sorted(expected ^ {(name, tuple(tensor.shape)) for name, tensor in stored.items()})
-    if differing:
-        raise CheckpointError(
-            f"{path}: not the {type(model).__name__} of the digits example, {len(differing)} names or shapes differ, "
-            f"the first is {differing[0]}; {advice}"
-        )
-    return {k: v.float() if v.is_floating_point() else v for k, v in stored.items()}
 
 
 def generate_digits(
@@ -102,7 +46,7 @@ def generate_digits(
     seed: int = 0,
 ) -> LabelledImages:
     """`per_class` images of every digit from the reference sampler."""
-    labels_N = torch.arange(VAR_CONFIG.num_classes).repeat_interleave(per_class)
+    labels_N = torch.arange(var.config.num_classes).repeat_interleave(per_class)
     generator = torch.Generator().manual_seed(seed)
     images = [
         generate(var, vqvae, labels_B, guidance=guidance, top_k=top_k, top_p=top_p, generator=generator).image_B3RR
@@ -140,51 +84,23 @@ def copy_check(vqvae: VQVAE, generated: LabelledImages, split: DigitsSplit) -> d
 def cross_entropy(vqvae: VQVAE, var: VAR, images: LabelledImages) -> float:
     """Nats per token of images as they are."""
     image_N3RR, labels_N = torch.from_numpy(images.images_N3RR), torch.from_numpy(images.labels_N).long()
-    return token_cross_entropy(var, vqvae, image_N3RR * 2 - 1, labels_N).item()
+    tokens = vqvae.tokens(image_N3RR * 2 - 1)
+    logits_NLV = var(labels_N, vqvae.quantize.teacher_forcing_input(tokens))
+    return token_loss(logits_NLV, torch.cat(tokens, dim=1), var.config).item()
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
 @app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for the two checkpoints and training.json.")],
-    seed: Annotated[int, typer.Option(help="Of initial weights, batches, augmentation and dropout.")] = 0,
+def images(
+    out: Annotated[Path, typer.Argument(help="New directory for the data set.")],
+    variants: Annotated[int, typer.Option(help="Times that every training digit is there, augmented.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the augmentation.")] = 0,
 ) -> None:
-    """Trains the VQVAE, then the VAR on its tokens."""
-    out.mkdir(parents=True, exist_ok=True)
-    images = load_split().train
-    torch.manual_seed(seed)
-    vqvae = VQVAE(VQVAE_CONFIG)
-    var = VAR(VAR_CONFIG, drop_path=DROP_PATH)
-    var.init_weights()
-    started = time.perf_counter()
-    vqvae_losses = train_vqvae(vqvae, batches(images, BATCH_SIZE, seed), VQVAE_SETTINGS)
-    save_half(vqvae, out / VQVAE_FILE)
-    between = time.perf_counter()
-    var_losses = train_var(var, vqvae, batches(images, BATCH_SIZE, seed + 1), VAR_SETTINGS)
-    save_half(var, out / VAR_FILE)
-    ended = time.perf_counter()
-    entries_used = int((vqvae.quantize.ema_vocab_hit_SV.sum(dim=0) > 0.1).sum())
-    record = {
-        "seed": seed,
-        "vqvae": {
-            **_training_record(vqvae, vqvae_losses, between - started),
-            "codebook_entries_used": entries_used,
-        },
-        "var": _training_record(var, var_losses, ended - between),
-    }
-    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    Console().print(f"wrote {out / VQVAE_FILE}, {out / VAR_FILE} in {ended - started:.0f} s")
-
-
-def _training_record(model: nn.Module, losses: list[float], seconds: float) -> dict[str, Any]:
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": len(losses),
-        "seconds": round(seconds, 1),
-        "mean_loss_of_last_50_steps": float(np.mean(losses[-50:])),
-    }
+    """Writes the digits as a data set for `var-deploy train`."""
+    train, held_out = write_digits(out, variants=variants, seed=seed)
+    typer.echo(f"wrote {out}: {train} training and {held_out} validation images")
 
 
 @app.command()
@@ -192,7 +108,6 @@ def quality(
     vae: Annotated[Path, typer.Option(help="VQVAE checkpoint.")],
     var: Annotated[Path, typer.Option(help="VAR checkpoint.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here, too.")] = None,
-    training: Annotated[Path | None, typer.Option(help="training.json to copy into the report.")] = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images per digit.")] = 100,
     guidance: Annotated[float, typer.Option(help="Guidance strength at the last scale.")] = GUIDANCE,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = TOP_K,
@@ -209,10 +124,11 @@ def quality(
         "top_p": top_p,
         "seed": seed,
     }
-    vqvae_model, var_model = load_models(vae, var)
+    pair = load_pair(var, vae)
+    var_model, vqvae_model = pair.models()
     generated = generate_digits(vqvae_model, var_model, **sampling)
     report = {
-        "config": {"vqvae": config_to_dict(VQVAE_CONFIG), "var": config_to_dict(VAR_CONFIG)},
+        "config": {"vqvae": config_to_dict(pair.vqvae), "var": config_to_dict(pair.var)},
         "sampling": sampling,
         "file_bytes": {"vqvae": vae.stat().st_size, "var": var.stat().st_size},
         "reconstruction_rms": rms(reconstruct(vqvae_model, split.held_out), split.held_out),
@@ -223,8 +139,6 @@ def quality(
         "copy_check": copy_check(vqvae_model, generated, split),
         **quality_report(generated, split.train, split.held_out),
     }
-    if training is not None:
-        report["training"] = json.loads(training.read_text())
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     if grid is not None:
@@ -252,11 +166,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line; errors that a user can mend end it in one line."""
-    try:
-        app()
-    except VarDeployError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False)
-        raise SystemExit(1) from error
+    run_command(app)
 
 
 if __name__ == "__main__":

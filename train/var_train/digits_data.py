@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as training data: a fixed split, enlargement, augmentation, endless batches.
+"""scikit-learn's handwritten digits as training data: a fixed split, enlargement, augmentation, a data set of files.
 
 Axes: N images, B images of a batch, R = 32 image side.
 """
@@ -8,16 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from var_deploy.config import require
+
 from .digits_quality import LabelledImages, import_sklearn
-from .loops import Batches
+from .image_writer import Format, Sample, new_image_set
 
 IMAGE_SIZE = 32
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT = 500
 SPLIT_SEED = 0
 
@@ -65,21 +70,31 @@ def augment(image_B3RR: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(image_B3RR, grid, align_corners=False)
 
 
-def batches(images: LabelledImages, batch_size: int, seed: int) -> Batches:
-    """Endless augmented batches in [−1, 1]; each pass visits the images in a new order."""
-    generator = torch.Generator().manual_seed(seed)
-    image_N3RR, labels_N = torch.from_numpy(images.images_N3RR), torch.from_numpy(images.labels_N).long()
-
-    def epochs() -> Iterator[Tensor]:
-        while True:
-            yield from torch.randperm(len(labels_N), generator=generator).split(batch_size)
-
-    for index_B in epochs():
-        yield augment(image_N3RR[index_B], generator) * 2 - 1, labels_N[index_B]
-
-
 def moved(images: LabelledImages, seed: int, passes: int = 1) -> LabelledImages:
-    """Every image `passes` times, augmented as in training."""
-    stream = batches(images, len(images.labels_N), seed)
-    image_B3RR, labels_B = zip(*(next(stream) for _ in range(passes)), strict=True)
-    return LabelledImages(torch.cat(image_B3RR).add(1).mul(0.5).numpy(), torch.cat(labels_B).numpy())
+    """Every image `passes` times, augmented, the passes one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    image_N3RR = torch.from_numpy(images.images_N3RR)
+    augmented = [augment(image_N3RR, generator) for _ in range(passes)]
+    return LabelledImages(torch.cat(augmented).numpy(), np.tile(images.labels_N, passes))
+
+
+def write_digits(out: Path, *, variants: int, seed: int) -> tuple[int, int]:
+    """Writes tar shards: every training digit `variants` times, augmented, and the held-out ones as they are.
+
+    Returns how many images there are of both. Raises ConfigError, DataError.
+    """
+    require(variants >= 1, "variants", variants, "at least 1")
+    split = load_split()
+    train = moved(split.train, seed, variants)
+    with new_image_set(out, CLASS_NAMES, Format.SHARDS) as add:
+        add("train", _samples(train))
+        add("val", _samples(split.held_out))
+    return len(train.labels_N), len(split.held_out.labels_N)
+
+
+def _samples(images: LabelledImages) -> Iterator[Sample]:
+    numbers = [0] * len(CLASS_NAMES)
+    pixels_NRR3 = np.rint(images.images_N3RR.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+    for pixels_RR3, label in zip(pixels_NRR3, images.labels_N.tolist(), strict=True):
+        yield Sample(label=label, index=numbers[label], image=Image.fromarray(pixels_RR3))
+        numbers[label] += 1

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from var_deploy.errors import DataError
 
 from .image_files import ImageFiles
+from .processes import rank, world
 
 #: Decoders that may be tried. ImageNet has files with another format's suffix; what would start a program stays out.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
@@ -38,7 +39,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 MAX_TRIES = 100
 
 #: Philox keys are (seed, use), so that no two uses share numbers.
-CROPS, ORDER = 0, 1
+CROPS, ORDER, ROWS = 0, 1, 2
 
 
 def decode(content: bytes) -> Image.Image:
@@ -61,15 +62,16 @@ def decode(content: bytes) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crop:
-    """How an image becomes a square, as published: its shorter side to round(1.125·R) by Lanczos, then R×R of it."""
+    """How an image becomes a square: its shorter side to round(enlarge·R) by Lanczos, then R×R of it."""
 
     side: int
     random: bool  #: cut anywhere, for training; else in the middle
     flip: bool = False  #: mirror half of the images
+    enlarge: float = 1.125  #: as published; at least 1
 
     def __call__(self, image: Image.Image, draws_3: tuple[int, int, int]) -> np.ndarray:
         """RGB image and three random 64-bit numbers (left, top, mirrored) → uint8 [R, R, 3]."""
-        shorter = round(1.125 * self.side)
+        shorter = round(self.enlarge * self.side)
         width, height = (shorter * length // min(image.size) for length in image.size)
         if self.random:
             left, top = ((width - self.side + 1) * draws_3[0]) >> 64, ((height - self.side + 1) * draws_3[1]) >> 64
@@ -225,12 +227,45 @@ def training_batches(
 
 
 def evaluation_batches(
-    images: ImageFiles, crop: Crop, size: int, *, workers: int = 0, seed: int = 0, epoch: int = 0
+    images: ImageFiles,
+    crop: Crop,
+    size: int,
+    *,
+    workers: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """All images once, in order; the last batch may be smaller. A random crop is the one of (seed, epoch, index)."""
-    every_N = np.arange(len(images), dtype=np.int64)
-    tasks = (_Task(t, epoch, every_N[begin : begin + size]) for t, begin in enumerate(range(0, len(images), size)))
+    """All images once, in order, or those of a half-open span; the last batch may be smaller.
+
+    A random crop is the one of (seed, epoch, index).
+    """
+    taken = np.arange(*(span or (0, len(images))), dtype=np.int64)
+    tasks = (_Task(t, epoch, taken[begin : begin + size]) for t, begin in enumerate(range(0, len(taken), size)))
     return _made(images, crop, seed, tasks, workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process takes of a batch that all measure together; as many batches in every process."""
+
+    indices_B: np.ndarray  #: int64, at least one
+    counted: int  #: the first of them that count; 0 where there was nothing left for this process
+
+
+def evaluation_shares(count: int, size: int) -> list[Share]:
+    """Every image of `count` once, `size` at a time, shared out among the processes."""
+    shares = []
+    for begin in range(0, count, size):
+        indices_B = np.arange(begin, min(begin + size, count), dtype=np.int64)[rank() :: world()]
+        shares.append(Share(indices_B if len(indices_B) else np.array([begin]), len(indices_B)))
+    return shares
+
+
+def share_batches(images: ImageFiles, crop: Crop, shares: list[Share], *, workers: int) -> Iterator[ImageBatch]:
+    """The images of `evaluation_shares`."""
+    tasks = [_Task(t, 0, share.indices_B) for t, share in enumerate(shares)]
+    return _made(images, crop, 0, tasks, workers)
 
 
 def _made(images: ImageFiles, crop: Crop, seed: int, tasks: Iterable[_Task], workers: int) -> Iterator[ImageBatch]:

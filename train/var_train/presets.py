@@ -28,6 +28,7 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 #: Name → (depth, scales, shared AdaLN), as in the paper.
 PRESETS = {
+    "d12": (12, SCALES_256, False),
     "d16": (16, SCALES_256, False),
     "d20": (20, SCALES_256, False),
     "d24": (24, SCALES_256, False),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -54,3 +56,27 @@ def merged_dicts(action: Callable[[], dict[str, T]]) -> dict[str, T]:
             raise failure
         merged |= part
     return merged
+
+
+def average_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes its mean over all processes, in place."""
+    if distributed():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor.div_(world())
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in one of the processes; a number of the CPU, so no device waits for it."""
+    if not distributed():
+        return flag
+    raised = torch.tensor(int(flag))
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,27 @@ NO_DECAY = ("pos_", "lvl_embed", "ada_gss", "scale_mul")
 
 #: After the warm-up the published linear schedule stays at its peak for this part of what is left.
 FLAT = 0.05
+
+
+def _recipe(epochs: int, *, batch: int, gamma_scale: float, large: bool, decay: float = 0.05) -> dict[str, Any]:
+    optimiser = {"epochs": epochs, "base_rate": 8e-5 if large else 1e-4, "final": 0.01 if large else 0.1}
+    return {
+        "data": {"batch": batch},
+        "optimiser": optimiser | {"final_weight_decay": decay},
+        "model": {"gamma_scale": gamma_scale},
+    }
+
+
+#: How the published models were trained, by the keys of a run's configuration. d12 is of the paper's scaling study,
+#: which does not tell its recipe; it takes d16's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "d12": _recipe(200, batch=768, gamma_scale=1e-3, large=False),
+    "d16": _recipe(200, batch=768, gamma_scale=1e-3, large=False),
+    "d20": _recipe(250, batch=768, gamma_scale=1e-3, large=False),
+    "d24": _recipe(350, batch=768, gamma_scale=1e-4, large=True),
+    "d30": _recipe(350, batch=1024, gamma_scale=1e-5, large=True, decay=0.08),
+    "d36-s": _recipe(350, batch=768, gamma_scale=5e-6, large=True, decay=0.08),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from var_deploy.errors import CheckpointError
 
@@ -189,29 +191,70 @@ class RunCheckpoints:
         return self._steps()
 
     def _steps(self) -> list[str]:
-        """Names of all checkpoints, newest first."""
-        names = [path.name for path in self.directory.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", path.name)]
-        return sorted(names, key=_step, reverse=True)
+        return _steps_in(self.directory)
 
 
-def weights(checkpoint: Path, prefix: str) -> Tensors:
+def weights(checkpoint: Path, *prefixes: str) -> Tensors:
     """Tensors of a checkpoint whose names start with "ema." or "models.NAME.", without that; whole, on the CPU.
 
-    For one process alone, whatever number of them saved it. Raises CheckpointError.
+    Of several prefixes the first that has a tensor of a name gives it. For one process alone, whatever number of them
+    saved it. Raises CheckpointError.
     """
-    manifest, problem = checked_manifest(checkpoint)
-    if not problem:
-        problem = _listed(damages(checkpoint, manifest, manifest["files"]))
-    if problem:
-        raise CheckpointError(f"{checkpoint}: damaged ({problem}); take another checkpoint of the run")
-    stored: dict[str, Any] = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    chosen = {key: form for key, form in stored.items() if key.startswith(prefix)}
+    manifest = manifest_of(checkpoint)
+    if problem := _listed(damages(checkpoint, manifest, manifest["files"])):
+        raise _damaged(checkpoint, problem)
+    stored = stored_tensors(checkpoint)
+    chosen: dict[str, str] = {}  # stored name by the name without prefix
+    for prefix in prefixes:
+        for key in stored:
+            if key.startswith(prefix):
+                chosen.setdefault(key.removeprefix(prefix), key)
     if not chosen:
         known = sorted({f"models.{key.split('.')[1]}." for key in stored if key.startswith("models.")} | {"ema."})
-        raise CheckpointError(f"{checkpoint}: holds nothing under {prefix!r}; known: {', '.join(known)}")
-    tensors = {key: torch.empty(form.size, dtype=form.properties.dtype) for key, form in chosen.items()}
+        asked = " or ".join(map(repr, prefixes))
+        raise CheckpointError(f"{checkpoint}: holds nothing under {asked}; known: {', '.join(known)}")
+    tensors = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in chosen.values()}
     read_shards(checkpoint, tensors, alone=True)
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return {name: tensors[key] for name, key in chosen.items()}
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; its other files are not read. Raises CheckpointError."""
+    manifest, problem = checked_manifest(checkpoint)
+    if not problem:
+        problem = _listed({name: "is missing" for name in manifest["files"] if not (checkpoint / name).is_file()})
+    if problem:
+        raise _damaged(checkpoint, problem)
+    return manifest
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape and type of every tensor of a checkpoint by its name, from headers alone: no digest is compared.
+
+    Raises CheckpointError.
+    """
+    manifest_of(checkpoint)
+    try:
+        stored: dict[str, Any] = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        raise _damaged(checkpoint, " ".join(str(error).split())) from error
+    return stored
+
+
+def newest_of(directory: Path) -> Path | None:
+    """The checkpoint of the largest step in a directory, whole or not; None where there is none."""
+    names = _steps_in(directory)
+    return directory / names[0] if names else None
+
+
+def _damaged(checkpoint: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{checkpoint}: damaged ({problem}); take another checkpoint of the run")
+
+
+def _steps_in(directory: Path) -> list[str]:
+    """Names of all checkpoints, newest first."""
+    names = [path.name for path in directory.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", path.name)]
+    return sorted(names, key=_step, reverse=True)
 
 
 def _verified(path: Path) -> Checked:

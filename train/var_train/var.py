@@ -78,7 +78,8 @@ class SelfAttention(nn.Module):
             k_BHnd = torch.cat([past[0], k_BHnd], dim=2)
             v_BHnd = torch.cat([past[1], v_BHnd], dim=2)
         if isinstance(mask, BlockMask):
-            attend: Any = _compiled_flex_attention() if x_BnD.is_cuda else flex_attention
+            compiled_here = x_BnD.is_cuda and not torch.compiler.is_compiling()
+            attend: Any = _compiled_flex_attention() if compiled_here else flex_attention
             q_BHnd, k_BHnd = q_BHnd.to(v_BHnd.dtype), k_BHnd.to(v_BHnd.dtype)  # autocast does not know this operation
             y_BHnd = attend(q_BHnd, k_BHnd, v_BHnd, block_mask=mask, scale=scale)
         else:
@@ -88,8 +89,23 @@ class SelfAttention(nn.Module):
 
 @cached
 def _compiled_flex_attention() -> Callable[..., Any]:
-    """Without compilation FlexAttention computes every score, and slowly."""
+    """Without compilation FlexAttention computes every score, and slowly.
+
+    PyTorch gives compiling up after eight shapes, and progressive training alone may have more.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_attention_fails(device: torch.device) -> str:
+    """Why FlexAttention cannot train on a device, from a trial; "" where it can."""
+    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, 128, 128, device=str(device))
+    q_BHld = torch.zeros(1, 1, 128, HEAD_DIM, device=device, requires_grad=True)
+    try:
+        _compiled_flex_attention()(q_BHld, q_BHld, q_BHld, block_mask=mask).sum().backward()
+    except Exception as error:  # the compiler raises nearly anything where Triton or the card does not serve
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 class FFN(nn.Module):
@@ -237,7 +253,7 @@ class VAR(nn.Module):
         later_BlD = self.word_embed(features_BlC) + self._level_and_position(n_0, end)
         x_BlD = torch.cat([self.embed_start(cond_BD), later_BlD], dim=1)
         mask = self._block_mask(end) if self.flex_attention else self.attn_bias_for_masking[:, :, :end, :end]
-        return self._blocks_and_head(x_BlD, cond_BD, [], mask, blocks_uniforms)[0]
+        return self._blocks_and_head(x_BlD, cond_BD, None, mask, blocks_uniforms)[0]
 
     def _block_mask(self, length: int) -> BlockMask:
         """A token attends to its own scale and all coarser ones, for the first `length` positions."""
@@ -261,10 +277,11 @@ class VAR(nn.Module):
         self,
         x_BnD: Tensor,
         cond_BD: Tensor,
-        cache: KVCache,
+        cache: KVCache | None,
         mask: Mask,
         blocks_uniforms: Sequence[Tensor | None],
     ) -> tuple[Tensor, KVCache]:
+        """`cache` None: none is wanted, so keys and values are let go block by block."""
         shared_B16D = None
         if self.config.shared_aln:
             shared_B16D = self.shared_ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
@@ -276,7 +293,9 @@ class VAR(nn.Module):
                 x_BnD, _ = checkpoint(block, *arguments, use_reentrant=False)
                 continue
             x_BnD, present = block(*arguments)
-            grown.append(present)
+            if cache is not None:
+                grown.append(present)
+            del present
         with torch.autocast(x_BnD.device.type, enabled=False):  # the head stays in float32
             return self.head(self.head_nm(x_BnD.float(), cond_BD.float())), grown
 

@@ -198,7 +198,9 @@ class VQVAE(nn.Module):
 
     def forward(self, image_B3RR: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Training pass: reconstruction [B, 3, R, R] (not clamped), quantiser loss, tokens."""
-        f_BChh, loss, tokens = self.quantize(self.encode(image_B3RR))
+        features_BChh = self.encode(image_B3RR)
+        with torch.autocast(image_B3RR.device.type, enabled=False):  # codes are chosen in float32
+            f_BChh, loss, tokens = self.quantize(features_BChh.float())
         return self.decoder(self.post_quant_conv(f_BChh)), loss, tokens
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

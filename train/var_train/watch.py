@@ -1,7 +1,7 @@
 """What one watches of a run: a progress bar, `metrics.jsonl`, and TensorBoard scalars and pictures.
 
-Only one process of a run watches. A run that goes on from a checkpoint drops what was written after that checkpoint, so
-that a file never tells of an iteration twice.
+Only one process of a run watches. What is told of an iteration carries the number of iterations done. A run that goes
+on from a checkpoint drops what was written after that checkpoint, so that a file never tells of an iteration twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 METRICS_FILE, BOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
+#: Numbers that the bar shows, where a run has them.
+SHOWN = ("loss", "accuracy")
+
 
 class Watch:
     """A context around the loop: `advance` after every iteration, `record` now and then."""
@@ -30,8 +33,8 @@ class Watch:
 
         run.mkdir(parents=True, exist_ok=True)
         self._metrics = run / METRICS_FILE
-        _drop_from(self._metrics, start)
-        self._board = SummaryWriter(str(run / BOARD_FOLDER), purge_step=start)
+        _drop_after(self._metrics, start)
+        self._board = SummaryWriter(str(run / BOARD_FOLDER), purge_step=start + 1)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -59,12 +62,15 @@ class Watch:
         self._images += images
         self._bar.advance(self._task)
 
-    def record(self, iteration: int, values: Mapping[str, float | list[float]]) -> None:
-        """Numbers at an iteration; a list has one for each scale. Adds images per second since the last record."""
+    def record(self, iteration: int, values: Mapping[str, float | list[float]], *, timed: bool = True) -> None:
+        """Numbers at an iteration; a list has one for each scale. Adds images per second since the last record.
+
+        `timed=False`: what was done since then was no training, so no rate is told and the clock starts anew.
+        """
         now = time.perf_counter()
         rate = self._images / max(now - self._since, 1e-9)
         self._since, self._images = now, 0
-        line = {"iteration": iteration, **values, "images_per_second": rate}
+        line = {"iteration": iteration, **values} | ({"images_per_second": rate} if timed else {})
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_without_nan(line)) + "\n")
         for name, value in line.items():
@@ -73,8 +79,9 @@ class Watch:
                     self._board.add_scalar(f"{name}/scale_{k:02d}", one, iteration)
             elif name != "iteration":
                 self._board.add_scalar(name, value, iteration)
-        shown = [f"{name} {value:.4g}" for name, value in values.items() if not isinstance(value, list)][:2]
-        self._bar.update(self._task, said=" ".join([*shown, f"{rate:.1f} img/s"]))
+        if timed:
+            shown = [f"{name} {values[name]:.4g}" for name in SHOWN if name in values]
+            self._bar.update(self._task, said=" ".join([*shown, f"{rate:.1f} img/s"]))
 
     def pictures(self, iteration: int, name: str, grid_HW3: np.ndarray) -> None:
         """A grid of samples, uint8 [H, W, 3]."""
@@ -91,11 +98,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _drop_from(path: Path, start: int) -> None:
-    """Leaves the lines of iterations before `start`."""
+def _drop_after(path: Path, start: int) -> None:
+    """Leaves the lines of the first `start` iterations."""
     if not path.is_file():
         return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["iteration"] < start]
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["iteration"] <= start]
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)

@@ -31,7 +31,7 @@ SMALL = VARConfig(patch_nums=(1, 2, 3), vocab_size=40, num_classes=10, depth=3, 
 SMALL_VQVAE = VQVAEConfig(patch_nums=(1, 2, 3), vocab_size=40, z_channels=8, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "d12"])  # the table has no d12
 def test_published_sizes_take_what_the_table_says(name):
     var, vqvae = preset_configs(name)
     for batch, milliseconds in zip((1, 8, 64), TABLE[name], strict=True):

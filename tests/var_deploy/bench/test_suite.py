@@ -62,7 +62,7 @@ def test_the_most_telling_rows_come_first_and_every_target_has_its_row():
     names = [(entry.model, entry.precision, entry.batch) for entry in SUITE if not entry.compiled]
     assert names[:3] == [("d16", "bf16", 1), ("d16", "bf16", 64), ("d30", "bf16", 1)]
     assert len(set(names)) == len(names)
-    assert {entry.model for entry in SUITE} == set(PRESETS)
+    assert {entry.model for entry in SUITE} == set(PRESETS) - {"d12"}  # of which there is no published model
     assert {entry.precision for entry in SUITE if entry.model == "d16"} == {"bf16", "fp16", "int8", "fp8"}
     for target in TARGETS:
         entry = next(e for e in SUITE if (e.model, e.precision, e.batch) == (target.model, "bf16", target.batch))
