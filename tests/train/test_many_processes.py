@@ -87,7 +87,7 @@ def alone(warm: Any, var_toml: Any, vqvae_toml: Any, tmp_path_factory: pytest.Te
         ("var", VAR, {"execution.parallel": "ddp", "optimiser.accumulate": 2}, 1e-5, 1e-4),
         ("var", VAR, {"execution.parallel": "fsdp", "optimiser.accumulate": 2}, 1e-5, 1e-4),
         ("vqvae", NO_CRITIC, {"optimiser.accumulate": 2}, 1e-5, 1e-4),
-        # The weight of the adversarial term is a ratio of two gradients' norms, each of one process's images.
+        # The weight of the adversarial term is a ratio of two gradients' norms, which enlarges their rounding.
         ("vqvae", VQVAE, {}, 1e-4, 1e-3),
     ],
     ids=["VAR, DDP", "VAR, FSDP2", "VQVAE", "VQVAE with a discriminator"],

@@ -119,14 +119,15 @@ class VARTraining:
                 measured.add(logits_BlV.detach(), tokens_Bl)
         average_over_processes([total])
         norm = update(self._model, self._optimizer, self._scaler, settings.clip)
-        finite = is_finite(total.item(), norm, self._scaler)
+        objective = total.item()
+        finite = is_finite(objective, norm, self._scaler)
         if finite:
             self._average.update(iteration)
         values: dict[str, float | list[float]] = {}
         if measure:
             values = {
                 **measured.values(),
-                "loss": total.item(),  # as optimised: a newest scale may count for less
+                "loss": objective,  # as optimised: a newest scale may count for less
                 "gradient_norm": norm,
                 "learning_rate": self._schedule.rate_at(iteration),
                 "weight_decay": self._schedule.weight_decay_at(iteration),
@@ -134,7 +135,7 @@ class VARTraining:
             }
             if self._scaler.is_enabled():
                 values["loss_scale"] = self._scaler.get_scale()
-        return Step(loss=total.item(), gradient_norm=norm, finite=finite, values=values)
+        return Step(loss=objective, gradient_norm=norm, finite=finite, values=values)
 
     def _logits(self, labels_B: Tensor, tokens_BL: Tensor, scales: int, uniforms_UB: Tensor | None) -> Tensor:
         """Teacher forcing of the first scales: [B, l, V] in float32."""

@@ -56,8 +56,7 @@ def is_finite(loss: float, norm: float, scaler: GradScaler) -> bool:
 
     A scale that has come below 1 cured nothing.
     """
-    overflow_is_answered = scaler.is_enabled() and scaler.get_scale() >= 1
-    return math.isfinite(loss) and (math.isfinite(norm) or overflow_is_answered)
+    return math.isfinite(loss) and (math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() >= 1))
 
 
 class Average:
