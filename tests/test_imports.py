@@ -37,8 +37,11 @@ ALLOWED_LAZILY = {
 #: The PyTorch engine is built on the kernels.
 TORCH_ENGINE = "var_deploy/engines/torch/"
 
+#: Loaded when an engine starts.
+ENGINES_ONLY = ("var_deploy/engines/onnx.py", "var_deploy/engines/winograd/", TORCH_ENGINE)
+
 #: Imported by the runtime only where an engine or a command starts, or not at all.
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "triton", "tensorrt", "sklearn", "tensorboard")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "triton", "tensorrt", "sklearn", "tensorboard", "numba")
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def test_the_runtime_imports_heavy_packages_in_its_engines_or_functions_only():
         for entry in imports
         if not entry.lazy and entry.module.split(".")[0] in HEAVY
     ]
-    assert [line for line in eager if not line.startswith(("var_deploy/engines/onnx.py", TORCH_ENGINE))] == []
+    assert [line for line in eager if not line.startswith(ENGINES_ONLY)] == []
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ PrecisionName = Annotated[str, typer.Option(help="auto, fp32; with the torch eng
 DecodeSlice = Annotated[int | None, typer.Option(min=1, help="Images the decoder takes at a time (torch engine).")]
 CompileDecoder = Annotated[bool, typer.Option("--compile-decoder", help="Decoder by torch.compile (torch engine).")]
 Graphs = Annotated[str, typer.Option(help="symbolic: one graph for all scales; static: one per scale.")]
+Decoder = Annotated[str, typer.Option(help="auto, graph or winograd: fewer multiplications (onnx engine).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; default one per core.")]
 
 
@@ -126,6 +127,7 @@ def generate(
     device: Device = "auto",
     precision: PrecisionName = "auto",
     graphs: Graphs = "symbolic",
+    decoder: Decoder = "auto",
     threads: Threads = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
@@ -146,6 +148,7 @@ def generate(
         device=device,
         precision=precision,
         graphs=graphs,
+        decoder=decoder,
         threads=threads,
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
@@ -245,6 +248,7 @@ def bench(
     device: Device = "auto",
     precision: Annotated[list[str], typer.Option(help="As of generate; repeat for more.")] = ["auto"],  # noqa: B006
     graphs: Graphs = "symbolic",
+    decoder: Decoder = "auto",
     threads: Threads = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
@@ -263,8 +267,8 @@ def bench(
     if (bundle is None) == (preset is None):
         got = "neither" if preset is None else "both"
         raise RequestError(f"bench: got {got}, expected either a bundle directory or --preset NAME")
-    if preset is not None and (threads is not None or graphs != "symbolic"):
-        raise EngineError("a preset runs on engine 'torch', which has no options threads and graphs; leave them out")
+    if preset is not None and (threads is not None or graphs != "symbolic" or decoder != "auto"):
+        raise EngineError("a preset runs on engine 'torch', without options threads, graphs, decoder; leave them out")
     if out is not None:
         check_output(out)
     if plot is not None:
@@ -274,7 +278,7 @@ def bench(
 
     def loaded(precision: str) -> Pipeline:
         if bundle is not None:
-            return load(bundle, **run, precision=precision, graphs=graphs, threads=threads)
+            return load(bundle, **run, precision=precision, graphs=graphs, decoder=decoder, threads=threads)
         pipe: Pipeline = _needs("var_export.random_bundle", "export").random_pipeline(
             preset, **run, precision=precision
         )

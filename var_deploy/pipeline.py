@@ -35,6 +35,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     graphs: str = "symbolic",
+    decoder: str = "auto",
     threads: int | None = None,
     decode_slice: int | None = None,
     compile_decoder: bool = False,
@@ -46,14 +47,16 @@ def load(
     generation on a GPU). device: "auto", "cpu", "cuda" or "cuda:N". precision: "auto" takes fp32 on a CPU and bf16 on a
     GPU; the torch engine also knows fp16, int8 (weights only) and fp8 (Hopper). What "auto" takes is logged with its
     reason.
-    onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); threads per session, default one
-    per core. torch only: decode_slice, images that the decoder takes at a time, for cards with little memory;
-    compile_decoder, run it through torch.compile. Raises BundleError and EngineError.
+    onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); decoder "graph", "winograd" (the
+    same network with a quarter of the multiplications, equal to about 1e-5) or "auto", the faster one; threads per
+    session, default one per core. torch only: decode_slice, images that the decoder takes at a time, for cards with
+    little memory; compile_decoder, run it through torch.compile. Raises BundleError and EngineError.
     """
     bundle = Bundle.open(path, verify_digests=verify_digests)
     options = EngineOptions(
         precision=precision,
         graphs=graphs,
+        decoder=decoder,
         threads=threads,
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,

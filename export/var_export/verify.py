@@ -159,7 +159,9 @@ def verify_bundle(
         reconstruction = vqvae.reconstruct(2 * image_B3RR - 1).add(1).mul(0.5).numpy()
 
     scales, pixel_error, decoder_psnr = {}, {}, {}
-    variants: list[dict[str, Any]] = [{"graphs": "static"}, {"graphs": "symbolic"}] if engine == "onnx" else [{}]
+    variants: list[dict[str, Any]] = [{}]
+    if engine == "onnx":  # all graphs, and the decoder that "auto" takes
+        variants = [{"graphs": "static", "decoder": "graph"}, {"graphs": "symbolic"}]
     for options in variants:
         pipe = var_deploy.load(
             bundle_path, engine=engine, device=device, precision=precision, verify_digests=False, **options

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from ..bundle import Bundle
 from ..errors import EngineError
 from ..precision import Precision
-from .engine import Engine, Graphs
+from .engine import Decoder, Engine, Graphs
 
 log = logging.getLogger("var_deploy")
 
@@ -21,6 +21,9 @@ ENGINES = ("onnx", "torch")
 #: What the kernels are compiled and checked for: Ampere, the first with bfloat16.
 MIN_CAPABILITY = (8, 0)
 
+#: Smaller images than this are decoded in a few milliseconds, where sharing out the work costs more than it saves.
+MIN_WINOGRAD_SIZE = 128
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
@@ -28,6 +31,7 @@ class EngineOptions:
 
     precision: str = "auto"
     graphs: str = "symbolic"
+    decoder: str = "auto"
     threads: int | None = None
     decode_slice: int | None = None
     compile_decoder: bool = False
@@ -46,6 +50,8 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
         raise EngineError(f"unknown precision {options.precision!r}; known: auto, {', '.join(Precision)}")
     if options.graphs not in set(Graphs):
         raise EngineError(f"unknown graphs {options.graphs!r}; known: {', '.join(Graphs)}")
+    if options.decoder not in ("auto", *Decoder):
+        raise EngineError(f"unknown decoder {options.decoder!r}; known: auto, {', '.join(Decoder)}")
     for name, value, default in (
         ("threads", options.threads, "one per core"),
         ("decode_slice", options.decode_slice, "all images at once"),
@@ -107,7 +113,11 @@ def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
             "compile_decoder": options.compile_decoder,
         }
     else:
-        given = {"threads": options.threads, "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None}
+        given = {
+            "threads": options.threads,
+            "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None,
+            "decoder": options.decoder if options.decoder != "auto" else None,
+        }
     foreign = [name for name, value in given.items() if value]
     if foreign:
         raise EngineError(f"engine {engine!r} has no option {', '.join(foreign)}; leave it out")
@@ -120,8 +130,26 @@ def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> E
         from .onnx import OnnxEngine
     except ImportError as error:
         raise EngineError(f"engine 'onnx' needs onnxruntime ({error}); pip install 'var-deploy[cpu]'") from error
-    log.info("engine onnx on cpu (%s), %s graphs", reason, options.graphs)
-    return OnnxEngine(bundle, graphs=Graphs(options.graphs), threads=options.threads)
+    decoder, why = _decoder(bundle, options.decoder)
+    log.info("engine onnx on cpu (%s), %s graphs, %s decoder (%s)", reason, options.graphs, decoder, why)
+    return OnnxEngine(bundle, graphs=Graphs(options.graphs), decoder=decoder, threads=options.threads)
+
+
+def _decoder(bundle: Bundle, asked: str) -> tuple[Decoder, str]:
+    """The decoder asked for, or with "auto" the faster one, and why."""
+    missing = [package for package in ("numba", "threadpoolctl") if find_spec(package) is None]
+    if asked == Decoder.GRAPH:
+        return Decoder.GRAPH, "as asked for"
+    if asked == Decoder.WINOGRAD:
+        if missing:
+            raise EngineError(f"decoder 'winograd' needs {' and '.join(missing)}; pip install 'var-deploy[cpu]'")
+        return Decoder.WINOGRAD, "as asked for"
+    if missing:
+        return Decoder.GRAPH, f"{' and '.join(missing)} not installed: pip install 'var-deploy[cpu]' for a faster one"
+    size = bundle.manifest.vqvae.image_size
+    if size < MIN_WINOGRAD_SIZE:
+        return Decoder.GRAPH, f"the faster one for {size} px"
+    return Decoder.WINOGRAD, "a quarter of the multiplications"
 
 
 def _torch(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:

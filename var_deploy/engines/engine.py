@@ -24,6 +24,13 @@ class Graphs(StrEnum):
     STATIC = "static"
 
 
+class Decoder(StrEnum):
+    """What turns the feature map into pixels on a CPU: the bundle's graph, or the same network by minimal filtering."""
+
+    GRAPH = "graph"
+    WINOGRAD = "winograd"
+
+
 class State(Protocol):
     """One generation in flight: the engine's caches and f_hat. States are independent of each other."""
 

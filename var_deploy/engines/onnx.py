@@ -4,11 +4,14 @@ ONNX Runtime packs a private copy of each matrix per session, so one session per
 over. Hence two ways to run: "symbolic", one packed session for all scales (the default: fast, weights once), and
 "static", one session per scale that reads the memory-mapped file unpacked (weights once, shared between processes, but
 slower products).
+
+The decoder is the bundle's graph, or the same network with fewer multiplications: see `winograd`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -17,12 +20,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..bundle import Bundle
+from ..bundle import WEIGHTS, Bundle
 from ..config import HEAD_DIM
 from ..errors import EngineError
 from ..precision import Precision
 from ..signature import cache_names, scale_graph_name
-from .engine import Graphs
+from .engine import Decoder, Graphs
 
 #: A single row of a single token (one unguided image in `condition` and at scale 0) takes ONNX Runtime's matrix-vector
 #: kernel, whose sums round differently. A spare row there keeps an image independent of the batch it came in.
@@ -50,14 +53,14 @@ class OnnxEngine:
     name = "onnx"
     precision = Precision.FP32
 
-    def __init__(self, bundle: Bundle, *, graphs: Graphs, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, *, graphs: Graphs, decoder: Decoder, threads: int | None) -> None:
         self._bundle = bundle
         self._threads = threads
         self._symbolic = graphs is Graphs.SYMBOLIC
         # Read once per image with few rows, so packing would cost load time and memory for nothing.
         self._condition = self._session("condition", prepack=False)
         self._finish = self._session("finish")
-        self._decoder = self._session("decoder")
+        self._decode = self._decoder(decoder)
         self._encoder: ort.InferenceSession | None = None  # made at the first encode: few callers need it
         self._encoder_lock = Lock()
         if self._symbolic:
@@ -117,13 +120,23 @@ class OnnxEngine:
             return self._finish.run(None, {"codes": codes_BnC, "f_hat": f_hat_BChh})[0]
 
     def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
-        return _one_by_one(self._decoder, "decoder", "f_hat", f_hat_BChh)
+        return self._decode(f_hat_BChh)
 
     def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
         with self._encoder_lock:
             if self._encoder is None:
                 self._encoder = self._session("encoder")
         return _one_by_one(self._encoder, "encoder", "pixels", pixels_B3RR)
+
+    def _decoder(self, decoder: Decoder) -> Callable[[np.ndarray], np.ndarray]:
+        """f_hat [B, C, h, h] → pixels [B, 3, R, R]."""
+        if decoder is Decoder.GRAPH:
+            session = self._session("decoder")
+            return lambda f_hat_BChh: _one_by_one(session, "decoder", "f_hat", f_hat_BChh)
+        from .winograd.decoder import WinogradDecoder  # brings a compiler, which takes half a second
+
+        threads = self._threads or len(os.sched_getaffinity(0))
+        return WinogradDecoder(self._bundle.manifest.vqvae, self._bundle.file(WEIGHTS), threads)
 
     def _session(self, name: str, *, prepack: bool = True) -> ort.InferenceSession:
         options = ort.SessionOptions()

@@ -1,0 +1,111 @@
+"""f_hat → pixels on a CPU, without ONNX Runtime: the deepest level directly, all finer ones by minimal filtering.
+
+The network is that of `decoder.onnx`. Every finer convolution reads its input through GroupNorm and SiLU, or doubled,
+and leaves the sums that the next GroupNorm needs, so a map is written once and read once or twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from ...config import GROUPS, VQVAEConfig
+from ...mapped_weights import mapped_weights
+from .convolution import Convolution, Doubled, Normed, Residual
+from .deep_level import NORM_EPS, DeepLevel
+from .workers import Workers
+
+
+class WinogradDecoder:
+    """The decoder of one bundle; one image after the other, each with all workers."""
+
+    def __init__(self, vqvae: VQVAEConfig, weights_file: Path, threads: int) -> None:
+        """weights_file: of the bundle; the deepest level's weights are used in place. Raises BundleError."""
+        self._vqvae, self._weights = vqvae, mapped_weights(weights_file)
+        self._widths = [vqvae.ch * m for m in vqvae.ch_mult]
+        self._workers = Workers(threads)
+        self._deep = DeepLevel(self._workers, self._weights, vqvae)
+        # A mapping of its own: what is read once, to be transformed, does not stay in this process.
+        once = mapped_weights(weights_file)
+        self._convolutions = {name: self._convolution(name, once) for name in self._finer_convolutions()}
+        deepest, side = len(self._widths) - 1, vqvae.image_size
+        # A level's maps: what comes in may have the width of the level below it.
+        largest = max(
+            (side >> level) ** 2 * max(width, self._widths[min(level + 1, deepest)])
+            for level, width in enumerate(self._widths)
+        )
+        self._slots = [np.empty(largest, dtype=np.float32) for _ in range(3)]
+        self._lock = Lock()  # the buffers are there once
+        self._blas = ThreadpoolController().select(user_api="blas")
+
+    def __call__(self, f_hat_BChh: np.ndarray) -> np.ndarray:
+        """Pixels [B, 3, R, R] in [0, 1] of f_hat [B, C, h, h]."""
+        with self._lock, self._one_thread_per_product():
+            return np.stack([self._image(f_hat_Chh) for f_hat_Chh in np.asarray(f_hat_BChh, dtype=np.float32)])
+
+    @contextmanager
+    def _one_thread_per_product(self) -> Iterator[None]:
+        """The workers are the threads: NumPy's matrix library runs single-threaded in each of them meanwhile."""
+        with self._blas.limit(limits=1):
+            yield
+
+    def _finer_convolutions(self) -> Iterator[str]:
+        for level in reversed(range(len(self._widths) - 1)):
+            yield f"decoder.up.{level + 1}.upsample.conv"
+            for j in range(self._vqvae.num_res_blocks + 1):
+                yield f"decoder.up.{level}.block.{j}.conv1"
+                yield f"decoder.up.{level}.block.{j}.conv2"
+        yield "decoder.conv_out"
+
+    def _convolution(self, name: str, weights: Mapping[str, np.ndarray]) -> Convolution:
+        bias_O = self._weights[f"{name}.bias"]
+        shortcut = f"{name.removesuffix('.conv2')}.nin_shortcut.bias"
+        if name.endswith(".conv2") and shortcut in self._weights:
+            bias_O = bias_O + self._weights[shortcut]
+        return Convolution(self._workers, weights[f"{name}.weight"], bias_O)
+
+    def _image(self, f_hat_Chh: np.ndarray) -> np.ndarray:
+        """One image: pixels [3, R, R]."""
+        deepest = len(self._widths) - 1
+        side, current = self._vqvae.latent_size, 0
+        x_HWC = self._map(current, side, self._widths[-1])
+        x_HWC[...] = self._deep(np.ascontiguousarray(f_hat_Chh)).transpose(1, 2, 0)
+        sums_2C = np.stack([x_HWC.sum(axis=(0, 1), dtype=np.float64), np.square(x_HWC, dtype=np.float64).sum((0, 1))])
+        for level in reversed(range(deepest)):
+            side, below, current = 2 * side, x_HWC, (current + 1) % 3
+            x_HWC = self._map(current, side, self._widths[level + 1])
+            sums_2C = self._convolutions[f"decoder.up.{level + 1}.upsample.conv"](Doubled(below), x_HWC)
+            for j in range(self._vqvae.num_res_blocks + 1):
+                name, width = f"decoder.up.{level}.block.{j}", self._widths[level]
+                y_HWC = self._map((current + 1) % 3, side, width)
+                y_sums = self._convolutions[f"{name}.conv1"](self._normed(x_HWC, sums_2C, f"{name}.norm1"), y_HWC)
+                residual, out_HWC = Residual(x_HWC), x_HWC
+                if x_HWC.shape[-1] != width:
+                    weight_OC = self._weights[f"{name}.nin_shortcut.weight"].reshape(width, -1)
+                    residual, current = Residual(x_HWC, weight_OC.T), (current + 2) % 3
+                    out_HWC = self._map(current, side, width)
+                source = self._normed(y_HWC, y_sums, f"{name}.norm2")
+                sums_2C = self._convolutions[f"{name}.conv2"](source, out_HWC, residual)
+                x_HWC = out_HWC
+        out = self._convolutions["decoder.conv_out"]
+        pixels_RRC = self._map((current + 1) % 3, side, out.width)
+        out(self._normed(x_HWC, sums_2C, "decoder.norm_out"), pixels_RRC)
+        return np.clip(pixels_RRC[..., :3].transpose(2, 0, 1) * np.float32(0.5) + np.float32(0.5), 0, 1)
+
+    def _map(self, slot: int, side: int, width: int) -> np.ndarray:
+        return self._slots[slot][: side * side * width].reshape(side, side, width)
+
+    def _normed(self, x_HWC: np.ndarray, sums_2C: np.ndarray, name: str) -> Normed:
+        """GroupNorm as a scale and a shift per channel, from the sums of a map's values and squares."""
+        H, W, C = x_HWC.shape
+        group = C // GROUPS
+        mean_G, square_G = sums_2C.reshape(2, GROUPS, group).sum(axis=2) / (H * W * group)
+        rstd_G = 1 / np.sqrt(np.maximum(square_G - mean_G**2, 0) + NORM_EPS)
+        scale_C = np.repeat(rstd_G, group) * self._weights[f"{name}.weight"]
+        shift_C = self._weights[f"{name}.bias"] - np.repeat(mean_G, group) * scale_C
+        return Normed(x_HWC, scale_C.astype(np.float32), shift_C.astype(np.float32))

@@ -1,0 +1,33 @@
+"""Threads of the decoder: each takes a share of every step, with buffers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+
+
+class Workers:
+    """A fixed number of threads; NumPy's matrix products and the compiled loops run in them without Python's lock."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="var-decoder")
+        self._scratch: list[dict[str, np.ndarray]] = [{} for _ in range(count)]
+
+    def share(self, total: int, work: Callable[[int, int, int], object]) -> None:
+        """work(worker, first, last) over equal parts of range(total), side by side; returns when all are done."""
+        bounds = [total * i // self.count for i in range(self.count + 1)]
+        parts = enumerate(pairwise(bounds))
+        done = [self._pool.submit(work, worker, first, last) for worker, (first, last) in parts if first < last]
+        for future in done:
+            future.result()
+
+    def scratch(self, worker: int, name: str, *shape: int) -> np.ndarray:
+        """A float32 buffer of that worker, kept for the next call and grown where it is too small."""
+        held, size = self._scratch[worker], int(np.prod(shape))
+        if name not in held or held[name].size < size:
+            held[name] = np.empty(size, dtype=np.float32)
+        return held[name][:size].reshape(shape)
