@@ -49,13 +49,14 @@ sanitize:
 kernels: $(READY)
 	$(BIN)/python -m var_kernels.resources --markdown docs/results/kernels.md
 
-# The pages of `make bench-gpu`, from the records that lie beside them, or with all rows that it would fill in; no GPU
-# needed.
+# The pages of `make bench-gpu` and `make bench-cpu`, from the records that lie beside them; that of a GPU without a record
+# with all rows that it would fill in. Nothing is measured.
 SUITE_RECORD = $(lastword $(filter-out %-kernels.json,$(sort $(wildcard docs/results/gpu-*.json))))
 KERNEL_RECORD = $(lastword $(sort $(wildcard docs/results/gpu-*-kernels.json)))
 pages: $(READY)
 	$(BIN)/python -m var_deploy.bench.suite --table docs/results/gpu.md $(addprefix --record ,$(SUITE_RECORD))
 	$(BIN)/python -m var_kernels.benchmark --table docs/results/gpu-kernels.md $(addprefix --record ,$(KERNEL_RECORD))
+	$(BIN)/python -m var_deploy.bench.cpu_suite --table docs/results/cpu.md --record docs/results/cpu.json
 
 # Trains the two checkpoints under train/checkpoints again, from the configurations in train/configs, and measures them.
 # A run that was interrupted goes on.
@@ -95,13 +96,17 @@ scaling-law: out/digits_images
 bench-train: $(READY)
 	$(BIN)/python -m var_train.step_benchmark --preset d12 --preset d16 --preset d20 --out docs/results/training-cpu.json
 
-# The timings of docs/results/cpu.md, with random weights.
+# Whole images on this machine's CPU beside PyTorch, with random weights: writes docs/results/cpu.json, .md and .png.
+# CPU_OPTIONS: of `python -m var_deploy.bench.cpu_suite`, as --batch 1 --repeats 3 --compiled 0. 12 GB of disk.
+CPU_OPTIONS ?= --profile
 bench-cpu: $(READY)
 	rm -rf out/d16
 	$(BIN)/python -m var_train.presets d16 --out out/d16
-	$(BIN)/var-deploy export --var out/d16/var_d16.pth --vae out/d16/vae_d16.pth --out out/d16/bundle
-	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --batch 4 --repeats 5
-	$(BIN)/var-deploy bench out/d16/bundle --batch 1 --repeats 5 --graphs static --no-reference
+	for precision in fp32 int8; do \
+		$(BIN)/var-deploy export --var out/d16/var_d16.pth --vae out/d16/vae_d16.pth \
+			--precision $$precision --out out/d16/$$precision || exit 1; \
+	done
+	$(BIN)/python -m var_deploy.bench.cpu_suite out/d16/fp32 out/d16/int8 $(CPU_OPTIONS)
 
 # On a CUDA device, with the Python given: whole images, then every kernel, with random weights, in less than 8 minutes.
 # Results are written after every row, so a run that is cut short still counts; `timeout` cuts what no budget can, a

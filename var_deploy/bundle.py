@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,13 +22,20 @@ from safetensors import SafetensorError, safe_open
 
 from .config import VARConfig, VQVAEConfig, config_from_dict, config_to_dict, require
 from .errors import BundleError, VarDeployError
+from .output_file import write_text
+from .precision import BUNDLE_PRECISIONS, Precision
 from .signature import GraphSpec, TensorSpec, graph_specs
+
+log = logging.getLogger("var_deploy")
 
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "var-deploy bundle"
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
+
+#: Bytes of an element, by the name that safetensors has for its type.
+_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +74,15 @@ class Manifest:
 
     var: VARConfig
     vqvae: VQVAEConfig
-    precision: str
+    precision: Precision
     graphs: Mapping[str, GraphSpec]
     sampling: SamplingDefaults
     class_names: tuple[str, ...] | None
     license: str
     source: Mapping[str, Any]
     files: Mapping[str, FileSeal]
+    #: What `verify` last measured of an inexact precision; None: nothing yet, or there is nothing to measure.
+    fidelity: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Stable text: the same manifest always gives the same bytes."""
@@ -88,6 +98,8 @@ class Manifest:
             "graphs": {name: asdict(spec) for name, spec in self.graphs.items()},
             "files": {name: asdict(seal) for name, seal in self.files.items()},
         }
+        if self.fidelity is not None:
+            data["fidelity"] = dict(self.fidelity)
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -107,14 +119,17 @@ class Manifest:
             manifest = cls(
                 var=config_from_dict(VARConfig, data["model"]["var"]),
                 vqvae=config_from_dict(VQVAEConfig, data["model"]["vqvae"]),
-                precision=data["precision"],
+                precision=_precision(data["precision"], where),
                 graphs={name: _graph_spec(graph) for name, graph in data["graphs"].items()},
                 sampling=SamplingDefaults(**data["sampling"]),
                 class_names=_names(data["class_names"]),
                 license=data["license"],
                 source=data["source"],
                 files={name: FileSeal(**seal) for name, seal in data["files"].items()},
+                fidelity=data.get("fidelity"),
             )
+        except BundleError:
+            raise
         except VarDeployError as error:
             raise BundleError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -125,6 +140,8 @@ class Manifest:
     def _check(self, where: Path) -> None:
         if not isinstance(self.license, str) or not isinstance(self.source, dict):
             raise BundleError(f"{where}: license must be a text and source an object; export the bundle again")
+        if self.fidelity is not None and not isinstance(self.fidelity, dict):
+            raise BundleError(f"{where}: fidelity must be an object; run verify, or export the bundle again")
         for field in ("patch_nums", "vocab_size", "z_channels"):
             ours, theirs = getattr(self.var, field), getattr(self.vqvae, field)
             if ours != theirs:
@@ -136,15 +153,13 @@ class Manifest:
         inputs = sum(len(spec.inputs) for spec in self.graphs.values())
         if self.var.depth > inputs:  # said before a signature of that many caches is built
             raise BundleError(f"{where}: depth {self.var.depth}, but the graphs have {inputs} inputs; export it again")
-        expected = graph_specs(self.var, self.vqvae)
+        expected = graph_specs(self.var, self.vqvae, self.precision)
         if dict(self.graphs) != expected:
             wrong = sorted(n for n in expected.keys() | self.graphs.keys() if self.graphs.get(n) != expected.get(n))
             raise BundleError(f"{where}: graph signatures differ from what the model needs: {wrong}; export it again")
         needed = {WEIGHTS, *(spec.file for spec in self.graphs.values())}
         if missing := sorted(needed - self.files.keys()):
             raise BundleError(f"{where}: lists no {', '.join(missing)}; export the bundle again")
-        if self.precision != "fp32":
-            raise BundleError(f"{where}: precision {self.precision!r} is unknown, known: fp32; update var-deploy")
         if self.class_names is not None:
             if len(self.class_names) != self.var.num_classes:
                 raise BundleError(f"{where}: {len(self.class_names)} class names for {self.var.num_classes} classes")
@@ -192,6 +207,16 @@ class Bundle:
         with self._weights() as weights:
             return {name: math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
+    def weight_bytes(self) -> dict[str, int]:
+        """Number of bytes of every weight, as stored. Raises BundleError."""
+        with self._weights() as weights:
+            dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        if foreign := sorted(set(dtypes.values()) - _DTYPE_BYTES.keys()):
+            raise BundleError(
+                f"{self.file(WEIGHTS)}: holds {', '.join(foreign)}, known: {', '.join(_DTYPE_BYTES)}; export it again"
+            )
+        return {name: size * _DTYPE_BYTES[dtypes[name]] for name, size in self.weight_sizes().items()}
+
     @contextmanager
     def _weights(self) -> Iterator[Any]:
         try:
@@ -218,6 +243,29 @@ class Bundle:
                 problems.append(f"{name} cannot be read ({error.strerror})")
         if problems:
             raise BundleError(f"{self.path}: changed since export: {'; '.join(problems)}; copy or export it again")
+
+
+def _precision(value: Any, where: Path) -> Precision:
+    if value not in BUNDLE_PRECISIONS:
+        known = ", ".join(BUNDLE_PRECISIONS)
+        raise BundleError(f"{where}: precision {value!r} is unknown, known: {known}; update var-deploy")
+    return Precision(value)
+
+
+def note_fidelity(bundle: Bundle, fidelity: Mapping[str, Any]) -> None:
+    """Puts what `verify` measured into the manifest, in one step; a bundle that cannot be written stays as it is."""
+    path = bundle.file(MANIFEST)
+    try:
+        write_text(path, replace(bundle.manifest, fidelity=_finite(fidelity)).to_json())
+    except VarDeployError as error:
+        log.warning("%s: the measured fidelity could not be noted (%s)", path, error)
+
+
+def _finite(value: Any) -> Any:
+    """The same data with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _names(value: Any) -> tuple[str, ...] | None:

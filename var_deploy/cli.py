@@ -38,11 +38,16 @@ VaeFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 EngineName = Annotated[str, typer.Option(help="Engine: auto, onnx or torch.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
-PrecisionName = Annotated[str, typer.Option(help="auto, fp32; with the torch engine also fp16, bf16, int8, fp8.")]
+PrecisionName = Annotated[
+    str, typer.Option(help="auto: the bundle's; engine torch makes fp16, bf16, int8, fp8 of fp32.")
+]
 DecodeSlice = Annotated[int | None, typer.Option(min=1, help="Images the decoder takes at a time (torch engine).")]
 CompileDecoder = Annotated[bool, typer.Option("--compile-decoder", help="Decoder by torch.compile (torch engine).")]
 Graphs = Annotated[str, typer.Option(help="symbolic: one graph for all scales; static: one per scale.")]
 Decoder = Annotated[str, typer.Option(help="auto, graph or winograd: fewer multiplications (onnx engine).")]
+Cache = Annotated[
+    bool, typer.Option(help="Keep weights in this machine's form for faster starts: see the command cache.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; default one per core.")]
 
 
@@ -66,9 +71,18 @@ def export(
     ] = None,
     license: Annotated[str, typer.Option(help="Licence of the weights, noted in the bundle.")] = "not stated",
     znorm: Annotated[bool, typer.Option(help="The VQVAE picks codes by cosine (using_znorm).")] = False,
+    precision: Annotated[
+        str, typer.Option(help="fp32; int8 for CPUs; fp16, bf16 for GPUs; auto: int8 where it is faster and faithful.")
+    ] = "fp32",
+    calibration: Annotated[
+        str | None, typer.Option(metavar="CLASSES_OR_DIR", help="What auto measures on: 0,5,9 or a folder of images.")
+    ] = None,
 ) -> None:
     """Turn a checkpoint pair into a bundle."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import report
+    from .bundle import Bundle
 
     exporter = _needs("var_export.bundle", "export")
     names = _class_names(classes) if classes else None
@@ -77,13 +91,24 @@ def export(
         task = bar.add_task("reading checkpoints", total=None)
 
         def on_progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=what, completed=done, total=total or None)
 
         exporter.bundle_from_checkpoint(
-            var, vae, out, class_names=names, license_note=license, using_znorm=znorm, progress=on_progress
+            var,
+            vae,
+            out,
+            class_names=names,
+            license_note=license,
+            using_znorm=znorm,
+            precision=None if precision == "auto" else precision,
+            calibration=calibration,
+            progress=on_progress,
         )
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {len(list(out.iterdir()))} files, {size / 1e6:.1f} MB")
+    if precision == "auto":
+        manifest = Bundle.open(out, verify_digests=False).manifest
+        report.precision_plan(str(manifest.precision), manifest.source["precision"])
 
 
 @app.command()
@@ -103,7 +128,7 @@ def inspect(
 
     plan = {"--precision": precision, "--smooth": smooth or None, "--decode-slice": decode_slice}
     if path.is_dir() and not _of_a_run(path):
-        data = inspect_bundle(path, batch, precision or Precision.BF16, smooth=smooth, decode_slice=decode_slice)
+        data = inspect_bundle(path, batch, precision, smooth=smooth, decode_slice=decode_slice)
     elif given := [name for name, value in plan.items() if value is not None]:
         raise RequestError(f"{path}: the torch engine's plan needs a bundle; export first, or leave out {given[0]}")
     else:
@@ -128,6 +153,7 @@ def generate(
     precision: PrecisionName = "auto",
     graphs: Graphs = "symbolic",
     decoder: Decoder = "auto",
+    cache: Cache = True,
     threads: Threads = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
@@ -149,6 +175,7 @@ def generate(
         precision=precision,
         graphs=graphs,
         decoder=decoder,
+        cache=cache,
         threads=threads,
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
@@ -206,6 +233,7 @@ def verify(
     engine: Annotated[str, typer.Option(help="Engine: onnx or torch.")] = "onnx",
     device: Device = "auto",
     precision: PrecisionName = "auto",
+    digits: Annotated[bool, typer.Option("--digits", help="Judge 1,000 samples too; for the digits example.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle with the reference model; exit status 1 beyond the tolerance or the fidelity gate."""
@@ -223,6 +251,7 @@ def verify(
             engine=engine,
             device=device,
             precision=precision,
+            digits=digits,
             progress=lambda what: status.update(f"verifying: {what}"),
         )
     _output(parity.to_dict(), as_json, report.parity)
@@ -241,6 +270,9 @@ def bench(
     warmup: Annotated[int, typer.Option(min=1)] = 1,
     guidance: Annotated[float | None, typer.Option(min=0)] = None,
     reference: Annotated[bool, typer.Option(help="Time eager PyTorch in the same run, where installed.")] = True,
+    half_reference: Annotated[
+        bool | None, typer.Option(help="And in bf16 on a CPU; by default beside what is not exact.")
+    ] = None,
     compiled: Annotated[bool | None, typer.Option(help="And through torch.compile; on a GPU by default.")] = None,
     stages: Annotated[bool, typer.Option(help="Split the time by scale, draw and decoder.")] = True,
     floor: Annotated[bool | None, typer.Option(help="Measure ceilings, count the floor; on a GPU by default.")] = None,
@@ -249,6 +281,7 @@ def bench(
     precision: Annotated[list[str], typer.Option(help="As of generate; repeat for more.")] = ["auto"],  # noqa: B006
     graphs: Graphs = "symbolic",
     decoder: Decoder = "auto",
+    cache: Cache = True,
     threads: Threads = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
@@ -278,7 +311,8 @@ def bench(
 
     def loaded(precision: str) -> Pipeline:
         if bundle is not None:
-            return load(bundle, **run, precision=precision, graphs=graphs, decoder=decoder, threads=threads)
+            on_cpu: dict[str, Any] = {"graphs": graphs, "decoder": decoder, "cache": cache, "threads": threads}
+            return load(bundle, **run, **on_cpu, precision=precision)
         pipe: Pipeline = _needs("var_export.random_bundle", "export").random_pipeline(
             preset, **run, precision=precision
         )
@@ -297,6 +331,7 @@ def bench(
             warmup=warmup,
             guidance=guidance,
             reference=reference,
+            half_reference=half_reference,
             compiled=compiled,
             stages=stages,
             floor=floor,
@@ -308,6 +343,23 @@ def bench(
     if plot is not None:
         with replacing(plot) as partial:
             plot_bench(record["rows"], partial, f"{preset or bundle}, engine {record['engine']}", form=plot.suffix[1:])
+
+
+@app.command(name="cache")
+def cache_command(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything; it is made again when needed.")] = False,
+) -> None:
+    """Show or delete the weights that are kept in this machine's form."""
+    from .prepared import default_directory, entries, remove_entries
+
+    directory = default_directory()
+    found = entries(directory)
+    for name, size in found.items():
+        print(f"{name}: {size / 1e6:,.1f} MB")
+    print(f"{directory}: {len(found)} entries, {sum(found.values()) / 1e6:,.1f} MB")
+    if clear:
+        remove_entries(directory)
+        print("deleted")
 
 
 @app.command(

@@ -8,9 +8,10 @@ from typing import Any
 
 from .bundle import Bundle, Manifest
 from .config import config_to_dict
+from .errors import RequestError
 from .launch_counts import launch_counts
 from .memory import FLOAT_BYTES, memory_plan
-from .precision import Precision
+from .precision import COLUMN_SCALE, Precision
 from .static_buffers import (
     bucket_of,
     decoded_at_once,
@@ -24,27 +25,38 @@ from .static_buffers import (
 def inspect_bundle(
     path: Path,
     batches: list[int],
-    precision: Precision = Precision.BF16,
+    precision: Precision | None = None,
     *,
     smooth: bool = False,
     decode_slice: int | None = None,
 ) -> dict[str, Any]:
-    """Opens, checks and describes a bundle. Raises BundleError.
+    """Opens, checks and describes a bundle. Raises BundleError and RequestError.
 
-    precision, smooth, decode_slice: those of the torch engine's plan, which is for a GPU and guided images.
+    precision, smooth, decode_slice: those of the torch engine's plan, which is for a GPU and guided images; None is
+    bf16. A bundle gets the plans of the engines that run it: fp32 both, int8 and fp16 that of the onnx engine.
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
+    for option, value in (("precision", precision), ("smooth", smooth), ("decode-slice", decode_slice)):
+        if value and manifest.precision is not Precision.FP32:
+            raise RequestError(
+                f"{path}: the torch engine's plan needs an fp32 bundle, got {manifest.precision}; leave out --{option}"
+            )
     parameters = {"condition": 0, "scales": 0, "decoder": 0, "encoder": 0}
     sizes = bundle.weight_sizes()
     for name, size in sizes.items():
-        parameters[_part(name)] += size
-    loaded = 4 * (sum(parameters.values()) - parameters["encoder"])  # the encoder is loaded when first used
-    plans = [memory_plan(manifest.var, manifest.vqvae, loaded, batch) for batch in batches]
+        parameters[_part(name)] += 0 if name.endswith(COLUMN_SCALE) else size
+    plans: dict[str, Any] = {}
+    if manifest.precision is not Precision.BF16:
+        plans["memory"] = _onnx_plan(bundle, sizes, batches)
+    if manifest.precision is Precision.FP32:
+        plans["torch"] = _torch_plan(manifest, sizes, batches, precision or Precision.BF16, smooth, decode_slice)
     return {
         "kind": "bundle",
         "path": str(path),
         "precision": manifest.precision,
+        "exact": manifest.precision.exact,
+        "fidelity": None if manifest.fidelity is None else dict(manifest.fidelity),
         "var": config_to_dict(manifest.var),
         "vqvae": config_to_dict(manifest.vqvae),
         "image_size": manifest.vqvae.image_size,
@@ -54,9 +66,20 @@ def inspect_bundle(
         "source": dict(manifest.source),
         "parameters": parameters,
         "files": {name: seal.size for name, seal in manifest.files.items()},
-        "memory": [{**asdict(plan), "total": plan.total} for plan in plans],
-        "torch": _torch_plan(manifest, sizes, batches, precision, smooth, decode_slice),
+        **plans,
     }
+
+
+def _onnx_plan(bundle: Bundle, sizes: dict[str, int], batches: list[int]) -> list[dict[str, Any]]:
+    """What the onnx engine holds for a guided batch on a CPU, in bytes."""
+    manifest, stored = bundle.manifest, bundle.weight_bytes()
+    half = manifest.precision.graph_dtype != "float32"
+    if half:  # ONNX Runtime's CPU kernels are float32: it makes float32 of halves when it loads
+        stored = {name: FLOAT_BYTES * size for name, size in sizes.items()}
+    loaded = sum(size for name, size in stored.items() if _part(name) != "encoder")  # loaded when first used
+    cache_bytes = 2 if half else FLOAT_BYTES
+    plans = [memory_plan(manifest.var, manifest.vqvae, loaded, batch, cache_bytes=cache_bytes) for batch in batches]
+    return [{**asdict(plan), "total": plan.total} for plan in plans]
 
 
 def _torch_plan(

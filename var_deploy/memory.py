@@ -31,9 +31,18 @@ class MemoryPlan:
 
 
 def memory_plan(
-    var: VARConfig, vqvae: VQVAEConfig | None, weights: int, batch: int, *, guided: bool = True
+    var: VARConfig,
+    vqvae: VQVAEConfig | None,
+    weights: int,
+    batch: int,
+    *,
+    guided: bool = True,
+    cache_bytes: int = FLOAT_BYTES,
 ) -> MemoryPlan:
-    """Plan for a batch; `weights` is the size of those that are loaded. Without a VQVAE: transformer alone."""
+    """Plan for a batch; `weights` is the size of those that are loaded, `cache_bytes` that of an element of the caches.
+
+    Without a VQVAE: transformer alone.
+    """
     rows = 2 * batch if guided else batch
     n, L, D = var.tokens_per_scale[-1], var.num_tokens, var.embed_dim
     # Live at once in the widest place: residual, normed input and qkv, or residual and both sides of the GELU; and the
@@ -49,7 +58,7 @@ def memory_plan(
         batch=batch,
         rows=rows,
         weights=weights,
-        caches=FLOAT_BYTES * 2 * var.depth * rows * var.num_heads * L * HEAD_DIM,
+        caches=cache_bytes * 2 * var.depth * rows * var.num_heads * L * HEAD_DIM,
         logits=FLOAT_BYTES * rows * n * var.vocab_size,
         activations=FLOAT_BYTES * max(tokens + scores, decoder),
     )

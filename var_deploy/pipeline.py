@@ -25,6 +25,7 @@ from . import request, sampling
 from .bundle import Bundle
 from .engines import DeviceLoop, Engine, EngineOptions, engine_for
 from .images import images_from_pixels, pixels_from_images
+from .prepared import PreparedCache, default_directory
 from .quantizer import Quantizer
 
 
@@ -39,18 +40,22 @@ def load(
     threads: int | None = None,
     decode_slice: int | None = None,
     compile_decoder: bool = False,
+    cache: bool = True,
     verify_digests: bool = True,
 ) -> Pipeline:
     """Opens a bundle and makes it ready to run.
 
     engine: "auto", "onnx" (ONNX Runtime, on a CPU) or "torch" (PyTorch; with Triton kernels and one CUDA graph per
-    generation on a GPU). device: "auto", "cpu", "cuda" or "cuda:N". precision: "auto" takes fp32 on a CPU and bf16 on a
-    GPU; the torch engine also knows fp16, int8 (weights only) and fp8 (Hopper). What "auto" takes is logged with its
-    reason.
+    generation on a GPU). device: "auto", "cpu", "cuda" or "cuda:N". precision: the onnx engine runs a bundle in its
+    own; the torch engine reads fp32 bundles and makes fp32 of them on a CPU and bf16 on a GPU ("auto"), or fp16, int8
+    (weights only) and fp8 (Hopper). What "auto" takes is logged with its reason.
     onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); decoder "graph", "winograd" (the
     same network with a quarter of the multiplications, equal to about 1e-5) or "auto", the faster one; threads per
     session, default one per core. torch only: decode_slice, images that the decoder takes at a time, for cards with
-    little memory; compile_decoder, run it through torch.compile. Raises BundleError and EngineError.
+    little memory; compile_decoder, run it through torch.compile.
+    cache: onnx only; keep weights in the form that this machine computes with in `~/.cache/var-deploy` (see
+    `prepared`), which makes later starts faster and lets processes share the pages; it takes about twice the bundle's
+    size on disk. Raises BundleError and EngineError.
     """
     bundle = Bundle.open(path, verify_digests=verify_digests)
     options = EngineOptions(
@@ -58,6 +63,7 @@ def load(
         graphs=graphs,
         decoder=decoder,
         threads=threads,
+        prepared=PreparedCache(directory=default_directory(), verify_digests=verify_digests) if cache else None,
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
     )
@@ -127,8 +133,9 @@ class Pipeline:
         """Generates one image per label.
 
         labels: class ids or class names of the bundle. seeds: one integer (the images take s, s + 1, …) or one per
-        image; in float32 an image depends on its class, seed and settings, not on the batch it came in, while lower
-        precisions round otherwise in another batch size, which may change a token. guidance: strength at the
+        image; in float32 and in int8 bundles an image depends on its class, seed and settings, not on the batch it came
+        in, while the torch engine's lower precisions round otherwise in another batch size, which may change a token.
+        guidance: strength at the
         last scale, growing linearly from 0 at the first as published; a sequence gives the strength of every scale;
         0 runs half the rows, as do all scales after the last whose strength is not 0. temperature divides the mixed
         logits. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes

@@ -49,9 +49,46 @@ def _torch_plan(console: Console, plan: dict[str, Any]) -> None:
 
 def _bundle_parts(console: Console, data: dict[str, Any]) -> None:
     rest = ("image_size", "precision", "sampling", "license", "source", "class_names")
-    _key_values(console, "bundle", {key: data[key] for key in rest})
+    shown = {key: data[key] for key in rest}
+    if not data["exact"]:
+        shown["precision"] = f"{data['precision']}, approximate: {_fidelity(data['fidelity'])}"
+    _key_values(console, "bundle", shown)
     _key_values(console, "parameters", {part: f"{count:,}" for part, count in data["parameters"].items()})
     _key_values(console, "files (MB)", {name: _mega(size) for name, size in data["files"].items()})
+
+
+def precision_plan(precision: str, plan: dict[str, Any]) -> None:
+    """What `export --precision auto` measured and chose."""
+    console = Console()
+    if plan["alone"]:
+        table = Table("in int8 alone", "mean KL", "seconds", title=f"float32 takes {plan['float32_seconds']:.2f} s")
+        for part, (divergence, seconds) in plan["alone"].items():
+            table.add_row(part, f"{divergence:.1e}", f"{seconds:.2f}")
+        console.print(table)
+    kept = ", ".join(plan["float32"]) or "nothing"
+    choice = f" ({kept} kept in float32, channels {'' if plan['smoothing'] else 'not '}smoothed)"
+    console.print(
+        f"{precision}{choice if precision == 'int8' else ''}: {plan['reason']}; "
+        f"mean KL {plan['mean_kl']:.1e}, measured on {plan['calibration']}",
+        soft_wrap=True,
+    )
+
+
+def _fidelity(found: dict[str, Any] | None) -> str:
+    """What `verify` noted in the manifest; a number that it could not measure is left out."""
+    if found is None:
+        return "not measured yet, run verify"
+    parts = ["passed the fidelity gate" if found.get("passed") else "FAILED the fidelity gate"]
+    measures = (
+        ("mean_kl", "mean KL {:.1e}"),
+        ("token_agreement", "tokens {:.1%} equal"),
+        ("decoder_psnr", "decoder {:.1f} dB"),
+        ("decoder_ssim", "SSIM {:.4f}"),
+    )
+    parts += [form.format(found[key]) for key, form in measures if isinstance(found.get(key), int | float)]
+    if isinstance(digits := found.get("digits"), dict):
+        parts.append(f"digits {digits['accuracy']:.1%}, of the reference's {digits['reference_accuracy']:.1%}")
+    return ", ".join(parts)
 
 
 def parity(data: dict[str, Any]) -> None:
@@ -85,11 +122,14 @@ def parity(data: dict[str, Any]) -> None:
             f"{data['loop']['clear_disagreements']} clearly not, pictures {data['loop']['pixel_psnr']:.1f} dB"
         )
     outcome = "passed" if data["passed"] else "[bold red]FAILED[/bold red]"
+    if data["digits"]:
+        console.print("digits: " + _digits(data["digits"]), soft_wrap=True)
     if not data["exact"]:
         mean_kl, psnr = max(row["mean_kl"] for row in every_row), min(data["decoder_psnr"].values())
         console.print(
             f"fidelity gate {outcome}: largest mean KL of a scale {mean_kl:.1e} (limit {data['max_mean_kl']:g}), "
-            f"decoder {psnr:.1f} dB (limit {data['min_decoder_psnr']:g}), reconstruction "
+            f"decoder {psnr:.1f} dB (limit {data['min_decoder_psnr']:g}), "
+            f"SSIM {min(data['decoder_ssim'].values()):.4f}, reconstruction "
             f"{max(data['reconstruction_loss'], 0):.2f} dB worse (limit {data['max_reconstruction_loss']:g}){loop}; "
             f"{data['precision']} is approximate: logits {logit_error:.1e}, "
             f"encoder tokens {data['encoded_token_agreement']:.2%} equal",
@@ -101,6 +141,14 @@ def parity(data: dict[str, Any]) -> None:
         f"pixels {pixel_error:.1e}, encoder tokens {data['encoded_token_agreement']:.2%} equal, "
         f"reconstruction {data['reconstruction_error']:.1e} (tolerance {data['tolerance']:g}){loop}",
         soft_wrap=True,
+    )
+
+
+def _digits(found: dict[str, Any]) -> str:
+    return (
+        f"{found['accuracy']:.1%} of {found['images']} samples seen as their digit, of the reference's "
+        f"{found['reference_accuracy']:.1%}; feature distance {found['feature_distance']:.3f}, "
+        f"between two draws of the reference {found['reference_distance']:.3f}"
     )
 
 
@@ -128,8 +176,9 @@ def bench(data: dict[str, Any]) -> None:
         + ("; peak RSS holds what earlier precisions took" if several else ""),
         soft_wrap=True,
     )
-    for how in sorted({row["reference_how"] for row in rows if row["reference_how"]}):
-        console.print(f"reference: {how}", soft_wrap=True)
+    for key, name in (("reference_how", "reference"), ("half_reference_how", "reference in bf16")):
+        for how in sorted({row[key] for row in rows if row[key]}):
+            console.print(f"{name}: {how}", soft_wrap=True)
     console.print(f"timed: {data['timed']}", soft_wrap=True)
     for name in ("machine", "gpu"):
         if data[name]:
@@ -156,6 +205,8 @@ def _bench_lines(rows: list[dict[str, Any]], factor: float) -> list[tuple[str, l
         ("MFU", number("flops_share", "{:.0%}")),
         ("reference", [cell or "not run" for cell in spread("reference")]),
         ("ratio", number("speedup", "{:.2f}×")),
+        ("reference in bf16", spread("half_reference")),
+        ("ratio", number("half_speedup", "{:.2f}×")),
         ("compiled reference", spread("compiled")),
         ("ratio", number("compiled_speedup", "{:.2f}×")),
         ("J/image", number("joules_per_image", "{:.2f}")),

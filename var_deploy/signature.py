@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import HEAD_DIM, VARConfig, VQVAEConfig
+from .precision import Precision
 
 FLOAT, INT64 = "float32", "int64"
 
@@ -41,19 +42,25 @@ def scale_graph_name(k: int) -> str:
     return f"scale_{k:02d}"
 
 
-def graph_specs(var: VARConfig, vqvae: VQVAEConfig) -> dict[str, GraphSpec]:
-    """Signatures of all graphs of a bundle, by graph name."""
+def graph_specs(var: VARConfig, vqvae: VQVAEConfig, precision: Precision = Precision.FP32) -> dict[str, GraphSpec]:
+    """Signatures of all graphs of a bundle, by graph name.
+
+    In half precision start, modulations and caches are halves; pixels, features, codes, f_hat and logits never are.
+    """
     D, C, h, R_px = var.embed_dim, var.z_channels, var.latent_size, vqvae.image_size
     n = var.tokens_per_scale
 
     def f(name: str, *shape: int | str) -> TensorSpec:
         return TensorSpec(name, FLOAT, shape)
 
-    start = f("start", "R", n[0], D)
-    modulations = (f("modulation", "R", var.depth, 6, D), f("head_modulation", "R", 2, D))
+    def activation(name: str, *shape: int | str) -> TensorSpec:
+        return TensorSpec(name, precision.graph_dtype, shape)
+
+    start = activation("start", "R", n[0], D)
+    modulations = (activation("modulation", "R", var.depth, 6, D), activation("head_modulation", "R", 2, D))
     cache_shape = ("R", var.num_heads, var.num_tokens, HEAD_DIM)
-    caches = tuple(f(name, *cache_shape) for name in cache_names(var.depth))
-    caches_out = tuple(f(spec.name + ".out", *cache_shape) for spec in caches)
+    caches = tuple(activation(name, *cache_shape) for name in cache_names(var.depth))
+    caches_out = tuple(activation(spec.name + ".out", *cache_shape) for spec in caches)
     f_hat, f_hat_out = f("f_hat", "R", C, h, h), f("f_hat.out", "R", C, h, h)
     f_hat_B, pixels = f("f_hat", "B", C, h, h), f("pixels", "B", 3, R_px, R_px)
 

@@ -1,4 +1,4 @@
-"""State dicts → the weights a deployed graph reads: transposed to [K, N], merged, constants folded.
+"""State dicts → the weights a deployed graph reads, in float32: transposed to [K, N], merged, constants folded.
 
 Nothing is computed here yet: each weight is a shape and a function, so an 8 GB checkpoint is written tensor by tensor
 with one tensor in memory. Exact rewrites of the reference model, up to float32 rounding:
@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,28 +25,43 @@ from torch import Tensor
 from var_train.checkpoint import CheckpointPair, StateDict
 from var_train.var import MAX_SCALE_MUL
 
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class LazyWeight:
-    """A float32 tensor that is made when it is written."""
+    """A tensor that is made when it is written."""
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    dtype: str = "float32"  #: or float16, bfloat16, int8
+
+    @property
+    def itemsize(self) -> int:
+        return _DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
-        return 4 * math.prod(self.shape)
+        return self.itemsize * math.prod(self.shape)
 
     def numpy(self) -> np.ndarray:
         """The values, C-contiguous."""
-        array = np.ascontiguousarray(self.make().detach().numpy())
-        if array.shape != self.shape or array.dtype != np.float32:
-            raise AssertionError(f"made {array.dtype} {array.shape}, declared float32 {self.shape}")
+        made = self.make().detach()
+        # PyTorch hands out no bfloat16, but its bits.
+        bits = made.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if made.dtype == torch.bfloat16 else made.numpy()
+        array = np.ascontiguousarray(bits)
+        if array.shape != self.shape or array.dtype != _DTYPES[self.dtype]:
+            raise AssertionError(f"made {array.dtype} {array.shape}, declared {self.dtype} {self.shape}")
         return array
 
 
 def deploy_weights(pair: CheckpointPair) -> dict[str, LazyWeight]:
-    """All weights of a bundle by name, in the order the graphs first read them."""
+    """All weights of a bundle by name, float32, in the order the graphs first read them; see `precision`."""
     weights = _condition_weights(pair)
     weights.update(_scale_weights(pair))
     weights.update(_vqvae_weights(pair))

@@ -1,7 +1,7 @@
 """Writes one ONNX graph with onnx-ir: inputs, weights in a file beside it, small constants inline, operators.
 
-Opset 24, IR version 10. A weight is an initializer that points into weights.safetensors and bears the same name in
-every graph, so runtimes can share it.
+Opset 24, IR version 10, and ONNX Runtime's own operators where a graph uses one. A weight is an initializer that points
+into weights.safetensors and bears the same name in every graph, so runtimes can share it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from var_deploy.bundle import WEIGHTS
+from var_deploy.precision import Precision
 from var_deploy.signature import GraphSpec, TensorSpec
 
 from .weights_file import WeightsLayout
@@ -20,14 +20,23 @@ from .weights_file import WeightsLayout
 OPSET = 24
 IR_VERSION = 10
 
-_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
+    "int64": ir.DataType.INT64,
+}
 
 
 class GraphBuilder:
     """One graph under construction; operators are added in execution order."""
 
-    def __init__(self, spec: GraphSpec, layout: WeightsLayout) -> None:
+    def __init__(self, spec: GraphSpec, layout: WeightsLayout, precision: Precision = Precision.FP32) -> None:
         self.spec = spec
+        self.precision = precision
+        self.activation = precision.graph_dtype
         self._layout = layout
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
@@ -47,13 +56,19 @@ class GraphBuilder:
             shape = (rows[1] - rows[0], *shape[1:])
             name = f"{name}[{rows[0]}:{rows[1]}]"
         if name not in self._initializers:
-            tensor = ir.ExternalTensor(WEIGHTS, offset, length, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+            dtype = _DTYPES[slot.dtype]
+            tensor = ir.ExternalTensor(slot.file, offset, length, dtype, shape=ir.Shape(shape), name=name)
             self._add_initializer(name, tensor)
         return self._initializers[name]
 
+    def stored(self, name: str) -> str | None:
+        """Type that a weight has in the file; None where there is no such weight."""
+        slot = self._layout.slots.get(name)
+        return None if slot is None else slot.dtype
+
     def constant(self, value: Any, dtype: str) -> ir.Value:
         """A small inline constant; equal constants share one initializer."""
-        array = np.asarray(value, dtype=dtype)
+        array = np.asarray(value, dtype=_DTYPES[dtype].numpy())
         text = "x".join(map(str, array.shape)) or "scalar"
         values = "_".join(map(str, array.ravel()[:4]))
         name = f"const.{dtype}.{text}.{values}"
@@ -69,9 +84,9 @@ class GraphBuilder:
         """An int64 vector."""
         return self.constant(list(values), "int64")
 
-    def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Any:
+    def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Adds an operator; returns its output, or a list of them where `outputs` > 1."""
-        node = ir.node(op_type, inputs, attributes, num_outputs=outputs)
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
         for index, value in enumerate(node.outputs):
             value.name = f"{op_type}_{len(self._nodes)}" + (f".{index}" if index else "")
         node.name = f"{op_type}_{len(self._nodes)}"
@@ -82,9 +97,9 @@ class GraphBuilder:
         """Reshape; 0 keeps an axis, −1 infers it."""
         return self.op("Reshape", x, self.ints(*shape))
 
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """x·weight + bias with the weight stored as [K, N]."""
-        return self.op("Add", self.op("MatMul", x, self.weight(f"{name}.weight")), self.weight(f"{name}.bias"))
+    def cast(self, x: ir.Value, dtype: str) -> ir.Value:
+        """The same values in another type."""
+        return self.op("Cast", x, to=_DTYPES[dtype])
 
     def conv(self, x: ir.Value, name: str, *, kernel: int = 3, stride: int = 1, pads: tuple[int, ...] = ()) -> ir.Value:
         """2-D convolution with the named weight and bias; pads default to "same"."""
@@ -110,7 +125,7 @@ class GraphBuilder:
             results,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET},
+            opset_imports={"": OPSET, **{node.domain: 1 for node in self._nodes if node.domain}},
             name=Path(self.spec.file).stem,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="var_deploy")

@@ -21,6 +21,7 @@ from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.engines import EngineOptions, engine_for
 from var_deploy.errors import EngineError, RequestError
 from var_deploy.pipeline import Pipeline
+from var_deploy.precision import Precision
 from var_deploy.signature import graph_specs
 from var_train import VAR, VQVAE
 from var_train.checkpoint import CheckpointPair
@@ -47,7 +48,7 @@ class RandomBundle(Bundle):
         manifest = Manifest(
             var=var,
             vqvae=vqvae,
-            precision="fp32",
+            precision=Precision.FP32,
             graphs=graph_specs(var, vqvae),
             sampling=SamplingDefaults(),
             class_names=None,

@@ -2,7 +2,8 @@
 
 One function, `scale_graph`, writes a scale of any kind. What differs between a static scale and the symbolic graph
 (where tokens begin and end, which φ, which resampling) is behind a `_Geometry`: constants in one, look-ups by the input
-`scale` in the other. Axes as in `var_deploy.signature`.
+`scale` in the other. Where values are float32 and how products are computed is told in `precision`. Axes as in
+`var_deploy.signature`.
 """
 
 from __future__ import annotations
@@ -14,33 +15,41 @@ import onnx_ir as ir
 
 from var_deploy.config import HEAD_DIM, PLAIN_SCALE, VARConfig, VQVAEConfig
 from var_deploy.interpolation import area_matrix, bicubic_matrix
+from var_deploy.precision import Precision
 from var_deploy.signature import GraphSpec, cache_names, graph_specs, scale_graph_name
 from var_train.var import LN_EPS
 
 from .graph_builder import GraphBuilder
+from .precision import logits, narrow, product, product_of, wide
+from .smoothing import SMOOTHING
 from .weights_file import WeightsLayout
 
 L2_EPS = 1e-12  # of PyTorch's normalize
 
 
-def condition_graph(var: VARConfig, spec: GraphSpec, layout: WeightsLayout) -> ir.Model:
+def condition_graph(
+    var: VARConfig, spec: GraphSpec, layout: WeightsLayout, precision: Precision = Precision.FP32
+) -> ir.Model:
     """labels [R] → modulation [R, depth, 6, D], head_modulation [R, 2, D], start [R, n_0, D].
 
     The scales among the modulations already hold 1 + scale.
     """
-    b = GraphBuilder(spec, layout)
+    b = GraphBuilder(spec, layout, precision)
     D = var.embed_dim
-    cond_RD = b.op("Gather", b.weight("class_emb.weight"), b.input("labels"), axis=0)
-    silu_RD = b.op("Mul", cond_RD, b.op("Sigmoid", cond_RD))
+    cond_RD = wide(b, b.op("Gather", b.weight("class_emb.weight"), b.input("labels"), axis=0))
+    projected = product_of(b, narrow(b, b.op("Mul", cond_RD, b.op("Sigmoid", cond_RD))))
     if var.shared_aln:
-        shared_R16D = b.reshape(b.linear(silu_RD, "shared_ada_lin"), -1, 1, 6, D)
+        shared_R16D = b.reshape(projected("shared_ada_lin"), -1, 1, 6, D)
         modulation = b.op("Add", b.weight("ada_gss"), shared_R16D)
     else:
-        per_block = [b.reshape(b.linear(silu_RD, f"blocks.{i}.ada_lin"), -1, 1, 6, D) for i in range(var.depth)]
+        per_block = [b.reshape(projected(f"blocks.{i}.ada_lin"), -1, 1, 6, D) for i in range(var.depth)]
         modulation = b.op("Concat", *per_block, axis=1)
-    head_modulation = b.reshape(b.linear(silu_RD, "head_nm.ada_lin"), -1, 2, D)
+    if b.stored(SMOOTHING):
+        modulation = b.op("Mul", modulation, b.weight(SMOOTHING))
+    head_modulation = b.reshape(projected("head_nm.ada_lin"), -1, 2, D)
     start = b.op("Add", b.op("Unsqueeze", cond_RD, b.ints(1)), b.weight("start_position"))
-    return b.model({"modulation": modulation, "head_modulation": head_modulation, "start": start})
+    results = {"modulation": modulation, "head_modulation": head_modulation, "start": start}
+    return b.model({name: narrow(b, value) for name, value in results.items()})
 
 
 def finish_graph(vqvae: VQVAEConfig, spec: GraphSpec, layout: WeightsLayout) -> ir.Model:
@@ -52,15 +61,20 @@ def finish_graph(vqvae: VQVAEConfig, spec: GraphSpec, layout: WeightsLayout) -> 
 
 
 def scale_graph(
-    var: VARConfig, vqvae: VQVAEConfig, k: int | None, layout: WeightsLayout, spec: GraphSpec | None = None
+    var: VARConfig,
+    vqvae: VQVAEConfig,
+    k: int | None,
+    layout: WeightsLayout,
+    spec: GraphSpec | None = None,
+    precision: Precision = Precision.FP32,
 ) -> ir.Model:
     """The graph of scale `k`, or with None the symbolic one: see `graph_specs` for its signature."""
-    spec = spec or graph_specs(var, vqvae)["scales" if k is None else scale_graph_name(k)]
-    b = GraphBuilder(spec, layout)
+    spec = spec or graph_specs(var, vqvae, precision)["scales" if k is None else scale_graph_name(k)]
+    b = GraphBuilder(spec, layout, precision)
     scale: _Geometry = _SymbolicScale(b, vqvae) if k is None else _StaticScale(b, vqvae, k)
     outputs: dict[str, ir.Value] = {}
     if k == 0:
-        x_RnD = b.input("start")
+        x_RnD = wide(b, b.input("start"))
     else:
         f_hat = b.op("Add", b.input("f_hat"), scale.contribution(b.input("codes")))
         outputs["f_hat.out"] = f_hat
@@ -72,9 +86,9 @@ def scale_graph(
     modulation = b.input("modulation")
     names = cache_names(var.depth)
     for i in range(var.depth):
-        block_R6D = b.op("Gather", modulation, b.constant(i, "int64"), axis=1)
+        block_R6D = wide(b, b.op("Gather", modulation, b.constant(i, "int64"), axis=1))
         gamma1, gamma2, scale1, scale2, shift1, shift2 = b.op("Split", block_R6D, outputs=6, axis=1, num_outputs=6)
-        y_RnD = _modulated_norm(b, x_RnD, var.embed_dim, scale1, shift1)
+        y_RnD = narrow(b, _modulated_norm(b, x_RnD, var.embed_dim, scale1, shift1))
         q, key, value = _qkv(b, y_RnD, i, var)
         cached = []
         for name, update_RHnd in zip(names[2 * i : 2 * i + 2], (key, value), strict=True):
@@ -83,15 +97,15 @@ def scale_graph(
             cached.append(scale.valid(cache_RHLd))
         attended = b.op("Attention", q, *cached, scale=1.0 if var.attn_l2_norm else PLAIN_SCALE)
         merged_RnD = b.reshape(b.op("Transpose", attended, perm=[0, 2, 1, 3]), 0, -1, var.embed_dim)
-        y_RnD = b.linear(merged_RnD, f"blocks.{i}.attn.proj")
-        x_RnD = b.op("Add", x_RnD, b.op("Mul", y_RnD, gamma1))
-        y_RnD = _modulated_norm(b, x_RnD, var.embed_dim, scale2, shift2)
-        hidden = b.op("Gelu", b.linear(y_RnD, f"blocks.{i}.ffn.fc1"), approximate="tanh")
-        y_RnD = b.linear(hidden, f"blocks.{i}.ffn.fc2")
-        x_RnD = b.op("Add", x_RnD, b.op("Mul", y_RnD, gamma2))
+        y_RnD = product(b, merged_RnD, f"blocks.{i}.attn.proj")
+        x_RnD = b.op("Add", x_RnD, b.op("Mul", wide(b, y_RnD), gamma1))
+        y_RnD = narrow(b, _modulated_norm(b, x_RnD, var.embed_dim, scale2, shift2))
+        hidden = b.op("Gelu", product(b, y_RnD, f"blocks.{i}.ffn.fc1"), approximate="tanh")
+        y_RnD = product(b, hidden, f"blocks.{i}.ffn.fc2")
+        x_RnD = b.op("Add", x_RnD, b.op("Mul", wide(b, y_RnD), gamma2))
 
-    head_scale, head_shift = b.op("Split", b.input("head_modulation"), outputs=2, axis=1, num_outputs=2)
-    outputs["logits"] = b.linear(_modulated_norm(b, x_RnD, var.embed_dim, head_scale, head_shift), "head")
+    head_scale, head_shift = b.op("Split", wide(b, b.input("head_modulation")), outputs=2, axis=1, num_outputs=2)
+    outputs["logits"] = logits(b, _modulated_norm(b, x_RnD, var.embed_dim, head_scale, head_shift))
     return b.model(outputs)
 
 
@@ -105,11 +119,12 @@ def _modulated_norm(b: GraphBuilder, x_RnD: ir.Value, D: int, scale_R1D: ir.Valu
 def _qkv(b: GraphBuilder, y_RnD: ir.Value, block: int, var: VARConfig) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Queries, keys, values [R, H, n, 64]; q and k unit length per head and q scaled, where the model does that."""
     name = f"blocks.{block}.attn"
-    parts = b.op("Split", b.linear(y_RnD, f"{name}.qkv"), outputs=3, axis=-1, num_outputs=3)
+    parts = b.op("Split", product(b, y_RnD, f"{name}.qkv"), outputs=3, axis=-1, num_outputs=3)
     q, k, v = (b.op("Transpose", b.reshape(part, 0, -1, var.num_heads, HEAD_DIM), perm=[0, 2, 1, 3]) for part in parts)
     if var.attn_l2_norm:
-        q, k = _unit_length(b, q), _unit_length(b, k)
+        q, k = _unit_length(b, wide(b, q)), _unit_length(b, wide(b, k))
         q = b.op("Mul", q, b.weight(f"{name}.q_scale"))
+        q, k = narrow(b, q), narrow(b, k)
     return q, k, v
 
 
@@ -253,7 +268,7 @@ class _SymbolicScale:
 
     def input_tokens(self, words_RnD: ir.Value) -> ir.Value:
         b, n = self.b, self.vqvae.tokens_per_scale
-        both = b.op("Concat", b.input("start"), words_RnD, axis=1)
+        both = b.op("Concat", wide(b, b.input("start")), words_RnD, axis=1)
         begin = self.look_up([0 if k == 0 else n[0] for k in self.scales])
         end = self.look_up([n[0] if k == 0 else n[0] + n[k] for k in self.scales])
         return b.op("Slice", both, begin, end, b.ints(1))

@@ -20,7 +20,7 @@ import torch
 
 import var_deploy
 from var_deploy import request
-from var_deploy.bundle import Bundle
+from var_deploy.bundle import Bundle, note_fidelity
 from var_deploy.engines import DeviceLoop
 from var_deploy.engines.choice import ENGINES
 from var_deploy.errors import CheckpointError, RequestError
@@ -28,6 +28,9 @@ from var_deploy.pipeline import Pipeline
 from var_deploy.request import MAX_GUIDANCE
 from var_train import Generation, generate
 from var_train.checkpoint import load_pair
+
+from .digits_fidelity import DigitsFidelity, digits_fidelity
+from .teacher_forcing import guided, mean_kl, teacher_forced
 
 #: Largest difference of logits and pixels that float32 rounding explains: the two add up in different orders, through
 #: up to 36 blocks. Golden vectors of small models agree to 1e-5.
@@ -87,10 +90,12 @@ class Parity:
     scales: dict[str, list[ScaleParity]]  #: by variant: the kinds of graphs, or the precision of the torch engine
     pixel_error: dict[str, float]  #: largest difference of pixels in [0, 1], by variant
     decoder_psnr: dict[str, float]  #: of the decoder on the reference's f_hat, in dB, by variant
+    decoder_ssim: dict[str, float]  #: and its structural similarity, at most 1
     loop: LoopParity | None  #: None for an engine that leaves the loop to the pipeline
     encoded_token_agreement: float  #: of a test image
     reconstruction_error: float  #: pixels in [0, 1], through the same tokens
     reconstruction_loss: float  #: of the test image through an engine's own tokens, in dB below the reference's
+    digits: DigitsFidelity | None  #: of samples, where they were asked for
 
     @property
     def passed(self) -> bool:
@@ -99,6 +104,8 @@ class Parity:
         """
         rows = [row for rows in self.scales.values() for row in rows]
         if self.loop is not None and not self.loop.passed:
+            return False
+        if self.digits is not None and not self.digits.passed:
             return False
         if not self.exact:
             faithful = all(row.mean_kl <= MAX_MEAN_KL for row in rows)  # a NaN fails too
@@ -131,11 +138,13 @@ def verify_bundle(
     engine: str = "onnx",
     device: str = "auto",
     precision: str = "auto",
+    digits: bool = False,
     progress: Progress = lambda _: None,
 ) -> Parity:
     """Compares a bundle, run by an engine, with the checkpoints it should come from.
 
-    Raises a VarDeployError for bad input.
+    digits: also draw 1,000 digits and judge them; for models of the digits example. What is measured on a bundle of an
+    inexact precision is noted in its manifest. Raises a VarDeployError for bad input.
     """
     if engine not in ENGINES:
         raise RequestError(f"engine: got {engine!r}, expected one by name: {', '.join(ENGINES)}")
@@ -158,7 +167,7 @@ def verify_bundle(
         encoded = [tokens.numpy() for tokens in vqvae.tokens(2 * image_B3RR - 1)]
         reconstruction = vqvae.reconstruct(2 * image_B3RR - 1).add(1).mul(0.5).numpy()
 
-    scales, pixel_error, decoder_psnr = {}, {}, {}
+    scales, pixel_error, decoder_psnr, decoder_ssim = {}, {}, {}, {}
     variants: list[dict[str, Any]] = [{}]
     if engine == "onnx":  # all graphs, and the decoder that "auto" takes
         variants = [{"graphs": "static", "decoder": "graph"}, {"graphs": "symbolic"}]
@@ -174,6 +183,7 @@ def verify_bundle(
         scales[variant], pixel_error[variant] = _compare(pipe, reference, labels, guidance, tolerance)
         decoded = pipe.engine.decode(reference.f_hat_BChh.numpy())
         decoder_psnr[variant] = _psnr(decoded, reference.image_B3RR.numpy())
+        decoder_ssim[variant] = _ssim(decoded, reference.image_B3RR)
     loop = None
     if isinstance(pipe.engine, DeviceLoop):
         progress("whole images")
@@ -181,7 +191,7 @@ def verify_bundle(
     progress("encoder")
     tokens = pipe.encode(image_B3RR.numpy())
     own_psnr, reference_psnr = (_psnr(pixels, image_B3RR.numpy()) for pixels in (pipe.decode(tokens), reconstruction))
-    return Parity(
+    parity = Parity(
         tolerance=tolerance,
         labels=labels,
         guidance=guidance,
@@ -191,11 +201,35 @@ def verify_bundle(
         scales=scales,
         pixel_error=pixel_error,
         decoder_psnr=decoder_psnr,
+        decoder_ssim=decoder_ssim,
         loop=loop,
         encoded_token_agreement=_agreement(encoded, tokens),
         reconstruction_error=float(np.abs(pipe.decode(encoded) - reconstruction).max()),
         reconstruction_loss=reference_psnr - own_psnr,
+        digits=digits_fidelity(pipe, var, vqvae, progress=progress) if digits else None,
     )
+    if not bundle.manifest.precision.exact:
+        note_fidelity(bundle, _noted(parity))
+    return parity
+
+
+def _noted(parity: Parity) -> dict[str, Any]:
+    """What the manifest of an inexact bundle says of itself."""
+    rows = [row for variant in parity.scales.values() for row in variant]
+    noted: dict[str, Any] = {
+        "passed": parity.passed,
+        "engine": parity.engine,
+        "classes": parity.labels,
+        "guidance": parity.guidance,
+        "mean_kl": max(row.mean_kl for row in rows),
+        "token_agreement": min(row.token_agreement for row in rows),
+        "decoder_psnr": min(parity.decoder_psnr.values()),
+        "decoder_ssim": min(parity.decoder_ssim.values()),
+        "reconstruction_loss": parity.reconstruction_loss,
+    }
+    if parity.digits is not None:
+        noted["digits"] = asdict(parity.digits)
+    return noted
 
 
 def _compare(
@@ -204,18 +238,15 @@ def _compare(
     """All scales and the final pixels of one kind of graph, fed with the reference's tokens."""
     config, engine = pipe.bundle.manifest.var, pipe.engine
     codebook_VC = pipe.bundle.weight("quantize.embedding.weight")
-    copies = 2 if guidance else 1
-    state = engine.begin(np.array(labels + [config.null_class] * len(labels) * (copies - 1)))
+    copies, tokens = 2 if guidance else 1, [tokens_Bn.numpy() for tokens_Bn in reference.tokens]
     rows: list[ScaleParity] = []
-    codes_BnC: np.ndarray | None = None
-    for k in range(config.num_scales):
-        codes_RnC = None if codes_BnC is None else np.concatenate([codes_BnC] * copies)
-        logits_RnV = engine.step(state, k, codes_RnC)
+    for forced in teacher_forced(engine, config, codebook_VC, tokens, labels, copies):
+        k, logits_RnV = forced.k, forced.logits_RnV
         expected_RnV, t = reference.logits[k].numpy(), guidance * config.ratio(k)
         error_RnV = np.abs(logits_RnV - expected_RnV)
         place = np.unravel_index(error_RnV.argmax(), error_RnV.shape)
-        guided, expected = _guided(logits_RnV, t, copies), _guided(expected_RnV, t, copies)
-        differs_Bn = guided.argmax(-1) != expected.argmax(-1)
+        got, expected = guided(logits_RnV, t, copies), guided(expected_RnV, t, copies)
+        differs_Bn = got.argmax(-1) != expected.argmax(-1)
         best_two = np.sort(expected, axis=-1)[..., -2:]
         clear_Bn = best_two[..., 1] - best_two[..., 0] > 2 * (1 + 2 * t) * tolerance
         rows.append(
@@ -225,12 +256,10 @@ def _compare(
                 logit_place=tuple(int(i) for i in place),
                 token_agreement=1.0 - float(differs_Bn.mean()),
                 clear_disagreements=int((differs_Bn & clear_Bn).sum()),
-                mean_kl=_mean_kl(expected, guided),
+                mean_kl=mean_kl(expected, got),
             )
         )
-        codes_BnC = codebook_VC[reference.tokens[k].numpy()]
-    assert codes_BnC is not None
-    pixels = engine.decode(engine.finish(state, codes_BnC))
+    pixels = engine.decode(engine.finish(forced.state, codebook_VC[tokens[-1]]))
     return rows, float(np.abs(pixels - reference.image_B3RR.numpy()).max())
 
 
@@ -243,21 +272,17 @@ def _compare_loop(
     settings = request.settings(pipe.bundle.manifest, guidance, 1, 0, False)
     done = engine.generate(np.array(labels), [0] * len(labels), settings, None)
     copies = 2 if guidance else 1
-    state = steps.begin(np.array(labels + [config.null_class] * len(labels) * (copies - 1)))
-    best, clear, codes_BnC = 0, 0, None
-    for k, tokens_Bn in enumerate(done.tokens):
-        codes_RnC = None if codes_BnC is None else np.concatenate([codes_BnC] * copies)
-        logits_RnV, t = steps.step(state, k, codes_RnC), guidance * config.ratio(k)
-        guided_BnV = _guided(logits_RnV, t, copies)
+    best, clear = 0, 0
+    for forced in teacher_forced(steps, config, codebook_VC, done.tokens, labels, copies):
+        logits_RnV, tokens_Bn, t = forced.logits_RnV, done.tokens[forced.k], guidance * config.ratio(forced.k)
+        guided_BnV = guided(logits_RnV, t, copies)
         drawn_Bn = np.take_along_axis(guided_BnV, tokens_Bn[..., None], axis=-1)[..., 0]
         short_Bn = guided_BnV.max(-1) - drawn_Bn
         # Two runs of one shape may add up in another order, in the type of the activations.
         rounding = tolerance if steps.precision.exact else HALF_TOLERANCE * float(np.abs(logits_RnV).max())
         best += int((short_Bn == 0).sum())
         clear += int((~(short_Bn <= 2 * (1 + 2 * t) * rounding)).sum())  # a NaN counts too
-        codes_BnC = codebook_VC[tokens_Bn]
-    assert codes_BnC is not None
-    pixels_B3RR = steps.decode(steps.finish(state, codes_BnC))
+    pixels_B3RR = steps.decode(steps.finish(forced.state, codebook_VC[done.tokens[-1]]))
     pictures_B3RR = done.bytes_BRR3.transpose(0, 3, 1, 2) / 255.0
     tokens = sum(tokens_Bn.size for tokens_Bn in done.tokens)
     return LoopParity(
@@ -265,23 +290,19 @@ def _compare_loop(
     )
 
 
-def _guided(logits_RnV: np.ndarray, t: float, copies: int) -> np.ndarray:
-    if copies == 1:
-        return logits_RnV
-    conditioned_BnV, null_BnV = np.split(logits_RnV, 2)
-    return (1 + t) * conditioned_BnV - t * null_BnV
-
-
-def _mean_kl(expected_BnV: np.ndarray, got_BnV: np.ndarray) -> float:
-    """KL(softmax(expected) ‖ softmax(got)), mean over tokens, in nats."""
-    expected, got = (torch.from_numpy(x).double().log_softmax(-1) for x in (expected_BnV, got_BnV))
-    return float((expected.exp() * (expected - got)).sum(-1).mean())
-
-
 def _psnr(got_B3RR: np.ndarray, expected_B3RR: np.ndarray) -> float:
     """Peak signal-to-noise ratio of pixels in [0, 1], in dB; at most 200, where the two are equal."""
     mean_square = float(np.square(got_B3RR.astype(np.float64) - expected_B3RR).mean())
     return float(-10 * np.log10(max(mean_square, 1e-20)))
+
+
+def _ssim(got_B3RR: np.ndarray, expected_B3RR: torch.Tensor) -> float:
+    """Structural similarity of pixels in [0, 1] (Wang et al. 2004: Gaussian window of 11 pixels, σ = 1.5)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    found = ssim(torch.from_numpy(got_B3RR), expected_B3RR, data_range=1.0)
+    assert isinstance(found, torch.Tensor)  # nothing but the mean was asked for
+    return found.item()
 
 
 def _agreement(expected: list[np.ndarray], got: list[np.ndarray]) -> float:

@@ -2,7 +2,8 @@
 
 The safetensors library wants all tensors in memory at once, twice over; a d30 would need 24 GB. Its format is a
 length, a JSON header and the bytes, which is all there is here. The header is padded so that the data begins on a page
-and, with the tensors whose size is a multiple of 64 bytes first, every large tensor is aligned for memory-mapped use.
+and, with the tensors whose size is a multiple of 64 bytes first, every large tensor is aligned for memory-mapped use;
+the others follow from wide elements to narrow ones, each aligned to its own.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from var_deploy.bundle import WEIGHTS
+
 from .deploy_view import LazyWeight
 
 PAGE = 4096
 ALIGNMENT = 64
 
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """Where a float32 tensor lies in the file: byte offset from the file's start, length in bytes."""
+    """Where a tensor lies in the file: byte offset from the file's start, length in bytes."""
 
     offset: int
     length: int
     shape: tuple[int, ...]
+    dtype: str = "float32"
+    file: str = WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +53,20 @@ class WeightsLayout:
 
 def weights_layout(weights: dict[str, LazyWeight]) -> WeightsLayout:
     """Places every tensor; the same weights always get the same layout."""
-    names = sorted(weights, key=lambda name: weights[name].nbytes % ALIGNMENT != 0)  # stable
+    names = sorted(weights, key=lambda name: (weights[name].nbytes % ALIGNMENT != 0, -weights[name].itemsize))  # stable
     entries: dict[str, dict[str, Any]] = {}
     end = 0
     for name in names:
         begin, end = end, end + weights[name].nbytes
-        entries[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}
+        dtype = _DTYPES[weights[name].dtype]
+        entries[name] = {"dtype": dtype, "shape": list(weights[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     header = len(text).to_bytes(8, "little") + text
     slots = {}
     for name in names:
         begin, end = entries[name]["data_offsets"]
-        slots[name] = WeightSlot(len(header) + begin, end - begin, weights[name].shape)
+        slots[name] = WeightSlot(len(header) + begin, end - begin, weights[name].shape, weights[name].dtype)
     return WeightsLayout(header, slots)
 
 
@@ -72,7 +82,7 @@ def write_weights(
         file.write(layout.header)
         digest.update(layout.header)
         for name in layout.slots:
-            data = weights[name].numpy().data.cast("B")
+            data = weights[name].numpy().reshape(-1).view(np.uint8).data
             file.write(data)
             digest.update(data)
             on_bytes(len(data))

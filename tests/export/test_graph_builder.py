@@ -9,6 +9,7 @@ import pytest
 
 from var_deploy.signature import GraphSpec, TensorSpec
 from var_export.graph_builder import GraphBuilder
+from var_export.precision import product
 from var_export.weights_file import WeightsLayout, WeightSlot
 
 X, Y = TensorSpec("x", "float32", ("R", 3)), TensorSpec("y", "float32", ("R", 5))
@@ -32,7 +33,7 @@ def external(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 def test_weights_point_into_the_file_and_the_signature_is_kept(builder):
-    model = builder.model({"y": builder.linear(builder.input("x"), "m")})
+    model = builder.model({"y": product(builder, builder.input("x"), "m")})
     stored = initializers(model)
     assert external(stored["m.weight"]) == {"location": "weights.safetensors", "offset": "4096", "length": "60"}
     assert external(stored["m.bias"]) == {"location": "weights.safetensors", "offset": "4156", "length": "20"}

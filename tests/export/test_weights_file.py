@@ -67,6 +67,26 @@ def test_data_starts_on_a_page_and_large_tensors_are_aligned(odd):
         assert slot.offset % 4 == 0, name
 
 
+def test_tensors_of_any_type_are_aligned_to_their_elements_and_read_back(tmp_path):
+    dtypes = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    weights = {
+        f"{dtype}.{size}": LazyWeight((size,), partial(torch.arange, size, dtype=kind), dtype)
+        for size in (3, 64, 7)
+        for dtype, kind in dtypes.items()
+    }
+    layout = weights_layout(weights)
+    write_weights(tmp_path / "w", weights, layout)
+    for name, slot in layout.slots.items():
+        assert slot.offset % (ALIGNMENT if name.endswith("64") else weights[name].itemsize) == 0, name
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        for name, weight in weights.items():
+            expected = weight.make()
+            assert file.get_tensor(name).dtype == expected.dtype
+            assert torch.equal(file.get_tensor(name), expected), name
+            assert layout.slots[name].dtype == weight.dtype
+            assert layout.slots[name].length == weight.nbytes == expected.nbytes
+
+
 @pytest.mark.parametrize("count", [1, 30, 200])
 def test_header_of_any_length_is_padded_to_whole_pages(count):
     layout = weights_layout(lazy({f"a.rather.long.name.of.a.weight.{i}": (16, i + 1) for i in range(count)}))

@@ -20,6 +20,7 @@ from var_deploy.engines import onnx as onnx_module
 from var_deploy.engines.torch import engine as torch_module
 from var_deploy.errors import EngineError
 from var_deploy.precision import Precision
+from var_deploy.prepared import PreparedCache, default_directory
 
 Refused = Callable[..., str]
 Taken = Callable[..., dict[str, Any]]
@@ -152,9 +153,17 @@ def test_an_unknown_choice_lists_the_known_ones(refused, engine, device, options
         ),
         ("auto", "cuda", {"threads": 2}, "engine 'torch' has no option threads; leave it out"),
         *(
-            (engine, "cpu", {"precision": p}, f"engine 'onnx' runs fp32, got precision '{p}'; use engine 'torch'")
+            (
+                engine,
+                "cpu",
+                {"precision": p},
+                f"engine 'onnx': the bundle is fp32, got precision '{p}'; {export}use engine 'torch'",
+            )
             for engine in ("onnx", "auto")
-            for p in ("fp16", "bf16", "int8", "fp8")
+            for p, export in (
+                *((p, f"export with --precision {p}, or ") for p in ("fp16", "bf16", "int8")),
+                ("fp8", ""),
+            )
         ),
         *(
             (
@@ -253,12 +262,12 @@ def test_float8_needs_a_hopper_gpu(taken, refused, monkeypatch, capability, runs
 
 
 def _logged(caplog: pytest.LogCaptureFixture, taken: Taken, *arguments: str, **options: Any) -> tuple[str, str]:
-    """(engine, line in the log) of a choice."""
+    """(engine, its line in the log) of a choice."""
     caplog.clear()
     with caplog.at_level("INFO", logger="var_deploy"):
         engine = taken(*arguments, **options)["engine"]
-    (record,) = caplog.records
-    return engine, record.getMessage()
+    (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("engine "))
+    return engine, line
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -365,12 +374,15 @@ def test_missing_torch_names_the_extra_to_install():
     """In a process of its own: PyTorch cannot be imported twice."""
     program = """
 import sys
+from types import SimpleNamespace
 sys.modules["torch"] = None
 from var_deploy.engines import EngineOptions, engine_for
 from var_deploy.errors import EngineError
+from var_deploy.precision import Precision
+bundle = SimpleNamespace(manifest=SimpleNamespace(precision=Precision.FP32))
 for engine, device in (("torch", "cpu"), ("auto", "cuda")):
     try:
-        engine_for(None, engine, device, EngineOptions())
+        engine_for(bundle, engine, device, EngineOptions())
     except EngineError as error:
         print(error)
 """
@@ -404,11 +416,12 @@ def test_load_passes_every_option_on(tiny_bundle, taken, monkeypatch):
         return original(bundle, engine, device, options)
 
     monkeypatch.setattr(var_deploy.pipeline, "engine_for", record)
-    onnx = {"precision": "fp32", "graphs": "static", "threads": 3}
-    var_deploy.load(tiny_bundle, engine="onnx", device="cpu", **onnx)
+    onnx = {"precision": "fp32", "graphs": "static", "decoder": "graph", "threads": 1}
+    var_deploy.load(tiny_bundle, engine="onnx", device="cpu", **onnx, verify_digests=False)
     torch_ = {"precision": "fp16", "decode_slice": 3, "compile_decoder": True}
-    var_deploy.load(tiny_bundle, engine="torch", device="cpu", **torch_)
-    assert seen == [EngineOptions(**onnx), EngineOptions(**torch_)]
+    var_deploy.load(tiny_bundle, engine="torch", device="cpu", **torch_, cache=False)
+    kept = PreparedCache(directory=default_directory(), verify_digests=False)
+    assert seen == [EngineOptions(**onnx, prepared=kept), EngineOptions(**torch_)]
 
 
 # ---- precisions ------------------------------------------------------------------------------------------------------
@@ -445,3 +458,81 @@ def test_fp8_without_a_product_in_the_library_is_refused_before_weights_are_load
         engine_for(bundle, "torch", "cpu", EngineOptions(precision="fp8"))
     why = f"PyTorch {torch.__version__} has no float8 product on cpu (row-wise scaling is not supported)"
     assert str(caught.value) == f"precision 'fp8': {why}; use bf16 or int8"
+
+
+# ---- bundles in lower precision --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lower(bundle: Bundle) -> Callable[[str], Bundle]:
+    """`lower(precision)`: a bundle that says that it is of this precision."""
+    return lambda precision: replace(bundle, manifest=replace(bundle.manifest, precision=Precision(precision)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "engine", "device", "options", "message"),
+    [
+        (
+            "int8",
+            "onnx",
+            "cpu",
+            {"precision": "fp32"},
+            "engine 'onnx': the bundle is int8, got precision 'fp32'; export with --precision fp32",
+        ),
+        (
+            "int8",
+            "auto",
+            "auto",
+            {"precision": "fp8"},
+            "engine 'onnx': the bundle is int8, got precision 'fp8'; export fp32 for engine 'torch'",
+        ),
+        *(
+            (
+                p,
+                "torch",
+                device,
+                options,
+                f"engine 'torch' reads fp32 bundles, the bundle is {p}; use engine 'onnx' on a CPU, or export fp32",
+            )
+            for p in ("fp16", "int8")
+            for device, options in (("cpu", {}), ("cuda", {"precision": p}))
+        ),
+        ("bf16", "auto", "cuda", {}, "engine 'torch' reads fp32 bundles, the bundle is bf16; export fp32"),
+        *(
+            (
+                "bf16",
+                engine,
+                "cpu",
+                options,
+                "engine 'onnx': the bundle is bf16, which ONNX Runtime has no CPU kernels for; export int8 or fp32",
+            )
+            for engine, options in (("onnx", {}), ("auto", {"precision": "bf16"}))
+        ),
+        (
+            "fp16",
+            "onnx",
+            "cpu",
+            {"decoder": "winograd"},
+            "decoder 'winograd' reads float32 weights, the bundle is fp16; use 'graph'",
+        ),
+    ],
+)
+def test_what_does_not_run_a_bundle_of_lower_precision_says_so(lower, precision, engine, device, options, message):
+    with pytest.raises(EngineError) as caught:
+        engine_for(lower(precision), engine, device, EngineOptions(**options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("asked", ["auto", "int8"])
+def test_auto_takes_onnx_for_an_int8_bundle_even_beside_a_gpu(lower, taken, caplog, asked):
+    with caplog.at_level("INFO", logger="var_deploy"):
+        engine_for(lower("int8"), "auto", "auto", EngineOptions(precision=asked))
+    record = caplog.records[0]
+    assert record.getMessage().startswith("engine onnx on cpu (the engine for int8 bundles), symbolic graphs")
+
+
+def test_halves_on_a_cpu_are_warned_of(lower, taken, caplog):
+    engine_for(lower("fp16"), "onnx", "cpu", EngineOptions())
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == "the bundle is fp16: on a CPU it is computed in float32, slower than a bundle of int8 or fp32"

@@ -201,7 +201,7 @@ def test_the_torch_engine_writes_the_picture_of_the_onnx_engine(tiny_bundle, tmp
         (["--engine", "onnx", "--device", "cuda"], "engine 'onnx' runs on a CPU in this version, got device 'cuda'"),
         (["--device", "tpu"], "unknown device 'tpu'; known: auto, cpu, cuda, cuda:N"),
         (["--precision", "fp4"], "unknown precision 'fp4'; known: auto, fp32, fp16, bf16, int8, fp8"),
-        (["--engine", "onnx", "--precision", "bf16"], "engine 'onnx' runs fp32, got precision 'bf16'; use engine"),
+        (["--engine", "onnx", "--precision", "bf16"], "engine 'onnx': the bundle is fp32, got precision 'bf16'; "),
         (["--engine", "onnx", "--compile-decoder"], "engine 'onnx' has no option compile_decoder; leave it out"),
         (["--engine", "onnx", "--decode-slice", 2], "engine 'onnx' has no option decode_slice; leave it out"),
         (["--engine", "torch", "--threads", 2], "engine 'torch' has no option threads; leave it out"),
@@ -346,6 +346,7 @@ def test_verify_judges_a_lower_precision_by_the_fidelity_gate(tiny_bundle, tiny_
     number = r"\d\.\de-\d\d"
     assert re.fullmatch(
         rf"fidelity gate passed: largest mean KL of a scale {number} \(limit 0\.01\), decoder [\d.]+ dB \(limit 40\), "
+        r"SSIM [01]\.\d{4}, "
         r"reconstruction \d\.\d\d dB worse \(limit 0\.5\); whole images: [\d.]+% of tokens the best, 0 clearly not, "
         rf"pictures [\d.]+ dB; bf16 is approximate: logits {number}, encoder tokens [\d.]+% equal",
         line.strip(),

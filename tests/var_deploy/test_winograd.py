@@ -16,7 +16,7 @@ import var_deploy
 from var_deploy.bundle import WEIGHTS, Bundle
 from var_deploy.engines import choice
 from var_deploy.engines.winograd import convolution
-from var_deploy.engines.winograd.convolution import Convolution, Doubled, Normed, Residual
+from var_deploy.engines.winograd.convolution import Convolution, Doubled, Normed, Residual, transformed
 from var_deploy.engines.winograd.decoder import WinogradDecoder
 from var_deploy.engines.winograd.kernels import normed_rows
 from var_deploy.engines.winograd.workers import Workers
@@ -38,6 +38,10 @@ def parameters(C: int, O: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: E7
     return torch.randn(O, C, 3, 3) / (9 * C) ** 0.5, torch.randn(O)
 
 
+def convolution_of(workers: Workers, weight: torch.Tensor, bias: torch.Tensor) -> Convolution:
+    return Convolution(workers, transformed(workers, weight.numpy()), bias.numpy())
+
+
 @pytest.mark.parametrize(
     ("H", "W", "C", "O", "workers", "strip_tiles"),
     [
@@ -53,7 +57,7 @@ def test_convolution_of_a_normed_map(H, W, C, O, workers, strip_tiles, monkeypat
     monkeypatch.setattr(convolution, "STRIP_TILES", strip_tiles)
     weight, bias = parameters(C, O)
     x_HWC, scale_C, shift_C = torch.randn(H, W, C), torch.randn(C), torch.randn(C)
-    conv = Convolution(Workers(workers), weight.numpy(), bias.numpy())
+    conv = convolution_of(Workers(workers), weight, bias)
     out = np.full((H, W, conv.width), np.nan, dtype=np.float32)
     sums = conv(Normed(x_HWC.numpy(), scale_C.numpy(), shift_C.numpy()), out)
     expected = convolved(F.silu(x_HWC.double() * scale_C + shift_C), weight, bias).numpy()
@@ -68,7 +72,7 @@ def test_convolution_of_a_doubled_map(side):
     weight, bias = parameters(32, 48)
     x_HWC = torch.randn(side, side, 32)
     out = np.empty((2 * side, 2 * side, 48), dtype=np.float32)
-    Convolution(Workers(2), weight.numpy(), bias.numpy())(Doubled(x_HWC.numpy()), out)
+    convolution_of(Workers(2), weight, bias)(Doubled(x_HWC.numpy()), out)
     doubled = x_HWC.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
     np.testing.assert_allclose(out, convolved(doubled, weight, bias).numpy(), atol=TOLERANCE, rtol=0)
 
@@ -84,7 +88,7 @@ def test_residual_is_added_and_a_map_may_be_written_over(shortcut):
     expected = convolved(F.silu(y_HWC.double()), weight, bias) + added
     residual = x_HWC.numpy().copy()
     out = np.empty((11, 6, 32), dtype=np.float32) if shortcut else residual
-    conv = Convolution(Workers(2), weight.numpy(), bias.numpy())
+    conv = convolution_of(Workers(2), weight, bias)
     conv(Normed(y_HWC.numpy(), ones, zeros), out, Residual(residual, weight_CO.numpy() if shortcut else None))
     np.testing.assert_allclose(out, expected.numpy(), atol=TOLERANCE, rtol=0)
 
@@ -104,7 +108,7 @@ def test_a_nan_does_not_vanish():
     weight, bias = parameters(32, 32)
     out = np.zeros((4, 4, 32), dtype=np.float32)
     ones = np.ones(32, dtype=np.float32)
-    Convolution(Workers(1), weight.numpy(), bias.numpy())(Normed(x, ones, ones), out)
+    convolution_of(Workers(1), weight, bias)(Normed(x, ones, ones), out)
     assert np.isnan(out).all()
 
 

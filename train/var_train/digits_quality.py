@@ -43,6 +43,34 @@ def import_sklearn(submodule: str) -> Any:
         ) from error
 
 
+class DigitsJudge:
+    """A support vector machine on 8×8 pixels, fitted on real training images alone."""
+
+    def __init__(self, train: LabelledImages) -> None:
+        self._classifier = import_sklearn("svm").SVC(kernel="rbf", C=SVM_C).fit(features_NF(train), train.labels_N)
+
+    def right_N(self, images: LabelledImages) -> np.ndarray:
+        """Which images are seen as their label."""
+        return np.asarray(self._classifier.predict(features_NF(images)) == images.labels_N)
+
+
+def feature_distance(a: LabelledImages, b: LabelledImages) -> float:
+    """Fréchet distance of Gaussians fitted to the features the judge sees, as FID takes those of another network.
+
+    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a·Σ_b)^½) (Heusel et al., arXiv 1706.08500, section 2).
+    """
+    from scipy.linalg import sqrtm
+
+    means, covariances = [], []
+    for images in (a, b):
+        features = features_NF(images).astype(np.float64)
+        means.append(features.mean(axis=0))
+        covariances.append(np.cov(features, rowvar=False))
+    # Rounding makes the root of a singular product slightly complex.
+    root = np.real(sqrtm(covariances[0] @ covariances[1]))
+    return float(np.square(means[0] - means[1]).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
 def quality_report(generated: LabelledImages, train: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
     """JSON-ready report on generated images beside the same measures on real held-out ones.
 
@@ -51,10 +79,10 @@ def quality_report(generated: LabelledImages, train: LabelledImages, held_out: L
     """
     for name, images in (("generated", generated), ("train", train), ("held_out", held_out)):
         _check(name, images, train.images_N3RR.shape[-1])
-    classifier = _fitted_svm(train)
+    judge = DigitsJudge(train)
     report: dict[str, Any] = {}
     for name, images in (("generated", generated), ("held_out", held_out)):
-        right_N = classifier.predict(_small_NF(images)) == images.labels_N
+        right_N = judge.right_N(images)
         report[name] = {
             "images": len(right_N),
             "accuracy": float(right_N.mean()),
@@ -113,15 +141,11 @@ def _check(name: str, images: LabelledImages, side: int) -> None:
         )
 
 
-def _small_NF(images: LabelledImages) -> np.ndarray:
-    """Grey images shrunk to 8×8 by area, one row each: [N, 64]."""
+def features_NF(images: LabelledImages) -> np.ndarray:
+    """What the judge sees: grey images shrunk to 8×8 by area, one row each, [N, 64]."""
     grey_NRR = images.grey_NRR()
     block = grey_NRR.shape[-1] // SVM_SIDE
     return grey_NRR.reshape(-1, SVM_SIDE, block, SVM_SIDE, block).mean(axis=(2, 4)).reshape(-1, SVM_SIDE**2)
-
-
-def _fitted_svm(train: LabelledImages) -> Any:
-    return import_sklearn("svm").SVC(kernel="rbf", C=SVM_C).fit(_small_NF(train), train.labels_N)
 
 
 def _count_distinct(images: LabelledImages) -> int:

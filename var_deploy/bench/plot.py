@@ -44,6 +44,7 @@ def plot_bench(rows: list[dict[str, Any]], path: Path, title: str, *, form: str 
         for key, line, label in (
             ("floor_seconds", ":", "floor"),
             ("reference", "--", "eager"),
+            ("half_reference", (0, (5, 1, 1, 1, 1, 1)), "eager bf16"),
             ("compiled", "-.", "compiled"),
         ):
             known = [(row["batch"], _seconds(row[key])) for row in series if row.get(key)]

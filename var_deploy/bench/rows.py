@@ -18,7 +18,9 @@ from .gpu import gpu_record
 TIMED = (
     "seconds: wall clock of generate and .images: class ids in, 8-bit pictures on the host out, top-k and top-p of the "
     "bundle; file reading and loading, warm-up and graph capture not included. reference, compiled: the same by "
-    "var_train with random weights, in turn with ours; speedup: median over the repeats of theirs/ours. "
+    "var_train with random weights, in turn with ours, on a CPU in float32, on a GPU in our precision; half_reference: "
+    "the same on a CPU under bf16 autocast with a channels-last decoder; speedup: median over the repeats of "
+    "theirs/ours. "
     "device_seconds: CUDA events around the replayed graph, inputs and results on the GPU; without_decoder: the same "
     "without the decoder. stages: each a graph of its own on a GPU, host clock elsewhere. floor_seconds: counted bytes "
     "and operations over ceilings measured in this run; share_of_floor: floor/device_seconds (seconds without a GPU); "
@@ -65,6 +67,9 @@ class BenchRow:
     reference: Spread | None = None
     reference_how: str | None = None  #: its precision
     speedup: float | None = None
+    half_reference: Spread | None = None  #: on a CPU: under autocast to bf16, with a channels-last decoder
+    half_reference_how: str | None = None
+    half_speedup: float | None = None
     compiled: Spread | None = None
     compiled_speedup: float | None = None
     failed: dict[str, str] = field(default_factory=dict)  #: what of the row could not be measured → why

@@ -1,15 +1,17 @@
 """Latency of a bundle: whole image, class id in, 8-bit picture out, with the reference model timed in the same run.
 
 The two run in turn, repeat by repeat, so that a drifting machine hits both. The reference is plain PyTorch with random
-weights of the same shapes, which takes the same time; it is left out where PyTorch is not installed. `rows.py`
-says what a row holds, `device.py` asks what only a GPU can tell.
+weights of the same shapes, which takes the same time; it is left out where PyTorch is not installed. On a CPU it is
+the float32 one whatever our precision, and one in bf16 can run beside it. `rows.py` says what a row holds, `device.py`
+asks what only a GPU can tell.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +21,7 @@ from .. import request
 from ..errors import EngineError, RequestError
 from ..memory import peak_resident_size, proportional_set_size
 from ..pipeline import Pipeline
+from ..precision import Precision
 from . import device as on_device
 from .device import Rates, cuda_clock
 from .reference import Reference
@@ -44,6 +47,7 @@ def bench(
     warmup: int = 1,
     guidance: float | None = None,
     reference: bool = True,
+    half_reference: bool | None = None,
     compiled: bool = False,
     stages: bool = True,
     ceilings: Rates | None = None,
@@ -54,15 +58,42 @@ def bench(
 ) -> list[BenchRow]:
     """Times `generate` for each batch size, smallest first.
 
-    compiled: also time the reference through torch.compile. stages: split the time by stage, for which a GPU captures
-    graphs once more. ceilings: what to count a floor with, from `device.measured_ceilings`. limit_seconds: fewer
-    repeats, at least three, where they would take longer. Raises RequestError.
+    half_reference: also time the reference on a CPU under bf16 autocast with a channels-last decoder; None: if the
+    reference runs and ours is not exact. compiled: also time the reference through torch.compile. stages: split the
+    time by stage, for which a GPU captures graphs once more. ceilings: what to count a floor with, from
+    `device.measured_ceilings`. limit_seconds: fewer repeats, at least three, where they would take longer. Raises
+    RequestError.
     """
     if repeats < 1 or warmup < 1 or not batches or min(batches) < 1:
         raise RequestError("bench: expected at least one repeat, one warm-up, and batch sizes of at least 1")
-    return _Run(pipe, sorted(set(batches)), repeats, warmup, guidance, threads, limit_seconds, progress).rows(
-        reference, compiled, stages, ceilings, on_rows
-    )
+    run = _Run(pipe, sorted(set(batches)), repeats, warmup, guidance, threads, limit_seconds, progress)
+    if half_reference and not run.on_cpu:
+        raise RequestError("half_reference: for a CPU, on a GPU the reference runs in our precision; leave it out")
+    if half_reference is None:
+        half_reference = run.on_cpu and reference and not pipe.engine.precision.exact
+    return run.rows(reference, half_reference, compiled, stages, ceilings, on_rows)
+
+
+def in_turn(
+    calls: Sequence[Callable[[], object]],
+    repeats: int,
+    *,
+    limit_seconds: float | None = None,
+    on_repeat: Callable[[int], None] = lambda _: None,
+) -> list[list[float]]:
+    """Seconds of every call, repeat by repeat; fewer repeats, at least three, where they would take longer."""
+    found: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for repeat in range(repeats):
+        spent = time.perf_counter() - start
+        if limit_seconds is not None and repeat >= MIN_REPEATS and spent >= limit_seconds:
+            break
+        on_repeat(repeat)
+        for call, seconds in zip(calls, found, strict=True):
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+    return found
 
 
 class _Run:
@@ -85,16 +116,22 @@ class _Run:
         self._clock = cuda_clock(pipe.engine)
         self._manifest = pipe.bundle.manifest
         self._device = str(getattr(pipe.engine, "device", "cpu"))
+        self.on_cpu = not self._device.startswith("cuda")
 
     def rows(
-        self, reference: bool, compiled: bool, stages: bool, ceilings: Rates | None, on_rows: OnRows
+        self, reference: bool, half: bool, compiled: bool, stages: bool, ceilings: Rates | None, on_rows: OnRows
     ) -> list[BenchRow]:
         memory: dict[int, dict[str, Any]] = {batch: self._memory(batch) for batch in self._batches}
-        theirs = self._reference(must=compiled) if reference or compiled else None
+        theirs = self._reference(must=compiled or (half and not reference)) if reference or half or compiled else None
+        references: dict[str, Reference] = {}
+        if theirs is not None and reference:
+            references["reference"] = theirs
+        if theirs is not None and half:
+            references["half_reference"] = theirs.variant(Precision.BF16, channels_last=True)
         rows: list[BenchRow] = []
         for batch in self._batches:
             self._alone(batch)
-            row = self._row(batch, theirs if reference else None, stages)
+            row = self._row(batch, references, stages)
             row = replace(row, **memory[batch], **self._on_device(row, stages))
             rows.append(replace(row, **self._floor(row, ceilings)))
             on_rows(rows)
@@ -138,24 +175,25 @@ class _Run:
         if find_spec("torch") is None and not must:
             return None
         self._progress("building the reference")
-        precision = self._pipe.engine.precision
+        precision = Precision.FP32 if self.on_cpu else self._pipe.engine.precision
         return Reference(self._manifest, self._device, precision, guidance=self._guidance, threads=self._threads)
 
-    def _row(self, batch: int, theirs: Reference | None, stages: bool) -> BenchRow:
-        """Wall clock of ours and, in turn, of the reference."""
+    def _row(self, batch: int, references: Mapping[str, Reference], stages: bool) -> BenchRow:
+        """Wall clock of ours and, in turn, of the references."""
         failed, timings = {}, []
-        calls: list[Callable[[], object]] = [lambda: timings.append(self._ours(batch))]
-        if theirs is not None:
-            self._progress(f"reference warm-up, batch {batch}")
+        calls: dict[str, Callable[[], object]] = {"ours": lambda: timings.append(self._ours(batch))}
+        for name, theirs in references.items():
+            self._progress(f"{name.replace('_', ' ')} warm-up, batch {batch}")
             problem = self._warmed(theirs, batch, ("OutOfMemoryError",))
             if problem is None:
-                calls.append(lambda: theirs.run(batch))
+                calls[name] = partial(theirs.run, batch)
             else:
-                failed["reference"] = problem
-        seconds, *rest = self._in_turn(calls, batch)
+                failed[name] = problem
+        found = dict(zip(calls, self._in_turn(list(calls.values()), batch), strict=True))
+        seconds = found["ours"]
         engine = self._pipe.engine
         spread = Spread.of(seconds)
-        return BenchRow(
+        row = BenchRow(
             batch=batch,
             engine=engine.name,
             device=self._device,
@@ -164,11 +202,17 @@ class _Run:
             seconds=spread,
             images_per_second=batch / spread.median,
             stages={name: float(np.median([t[name] for t in timings])) for name in timings[0]} if stages else {},
-            reference=Spread.of(rest[0]) if rest else None,
-            reference_how=theirs.how if rest and theirs is not None else None,
-            speedup=_ratio(rest[0], seconds) if rest else None,
             failed=failed,
         )
+        if (eager := found.get("reference")) is not None:
+            how = references["reference"].how
+            row = replace(row, reference=Spread.of(eager), reference_how=how, speedup=_ratio(eager, seconds))
+        if (half := found.get("half_reference")) is not None:
+            how = references["half_reference"].how
+            row = replace(
+                row, half_reference=Spread.of(half), half_reference_how=how, half_speedup=_ratio(half, seconds)
+            )
+        return row
 
     def _with_compiled(self, row: BenchRow, theirs: Reference) -> BenchRow:
         """Wall clock of the compiled reference, in turn with ours again."""
@@ -194,18 +238,12 @@ class _Run:
 
     def _in_turn(self, calls: Sequence[Callable[[], object]], batch: int) -> list[list[float]]:
         """Seconds of every call, repeat by repeat."""
-        found: list[list[float]] = [[] for _ in calls]
-        start = time.perf_counter()
-        for repeat in range(self._repeats):
-            spent = time.perf_counter() - start
-            if self._limit_seconds is not None and repeat >= MIN_REPEATS and spent >= self._limit_seconds:
-                break
-            self._progress(f"batch {batch}, repeat {repeat + 1} of {self._repeats}")
-            for call, seconds in zip(calls, found, strict=True):
-                begin = time.perf_counter()
-                call()
-                seconds.append(time.perf_counter() - begin)
-        return found
+        return in_turn(
+            calls,
+            self._repeats,
+            limit_seconds=self._limit_seconds,
+            on_repeat=lambda repeat: self._progress(f"batch {batch}, repeat {repeat + 1} of {self._repeats}"),
+        )
 
     def _on_device(self, row: BenchRow, stages: bool) -> dict[str, Any]:
         """What the GPU's own clock and meters say; nothing without one."""

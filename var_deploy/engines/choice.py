@@ -11,7 +11,8 @@ from importlib.util import find_spec
 
 from ..bundle import Bundle
 from ..errors import EngineError
-from ..precision import Precision
+from ..precision import BUNDLE_PRECISIONS, Precision
+from ..prepared import PreparedCache
 from .engine import Decoder, Engine, Graphs
 
 log = logging.getLogger("var_deploy")
@@ -32,6 +33,7 @@ class EngineOptions:
     precision: str = "auto"
     graphs: str = "symbolic"
     decoder: str = "auto"
+    prepared: PreparedCache | None = None
     threads: int | None = None
     decode_slice: int | None = None
     compile_decoder: bool = False
@@ -60,18 +62,21 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
             raise EngineError(f"{name}: got {value}, expected at least 1, or none for {default}")
     reason = "asked for"
     if engine == "auto":
-        engine, reason = _best(device)
+        engine, reason = _best(device, bundle.manifest.precision)
     _refuse_foreign_options(engine, options)
+    _refuse_foreign_precision(engine, bundle.manifest.precision, options.precision)
     start = _torch if engine == "torch" else _onnx
     return start(bundle, device, options, reason)
 
 
-def _best(device: str) -> tuple[str, str]:
+def _best(device: str, precision: Precision) -> tuple[str, str]:
     """Engine and reason for "auto": the GPU where everything that it needs is there, else the CPU."""
     if device.startswith("cuda"):
         return "torch", "the engine for GPUs"
     if device == "cpu":
         return "onnx", "the fastest engine on a CPU"
+    if precision is not Precision.FP32:
+        return "onnx", f"the engine for {precision} bundles"
     if not _driver_present():
         return "onnx", "no NVIDIA driver found"
     missing = [package for package in ("torch", "triton") if find_spec(package) is None]
@@ -106,8 +111,6 @@ def _driver_present() -> bool:
 def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
     """An option that the engine would not follow is an error, not a silence."""
     if engine == "onnx":
-        if options.precision not in ("auto", Precision.FP32):
-            raise EngineError(f"engine 'onnx' runs fp32, got precision {options.precision!r}; use engine 'torch'")
         given: dict[str, object] = {
             "decode_slice": options.decode_slice,
             "compile_decoder": options.compile_decoder,
@@ -123,6 +126,18 @@ def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
         raise EngineError(f"engine {engine!r} has no option {', '.join(foreign)}; leave it out")
 
 
+def _refuse_foreign_precision(engine: str, bundle: Precision, asked: str) -> None:
+    """The onnx engine runs a bundle in its own precision; the torch engine makes any precision of float32."""
+    if engine == "torch" and bundle is not Precision.FP32:
+        step = "export fp32" if bundle is Precision.BF16 else "use engine 'onnx' on a CPU, or export fp32"
+        raise EngineError(f"engine 'torch' reads fp32 bundles, the bundle is {bundle}; {step}")
+    if engine == "onnx" and asked not in ("auto", bundle):
+        steps = [f"export with --precision {asked}"] if asked in BUNDLE_PRECISIONS else []
+        steps += ["use engine 'torch'"] if bundle is Precision.FP32 else []
+        step = ", or ".join(steps) or "export fp32 for engine 'torch'"
+        raise EngineError(f"engine 'onnx': the bundle is {bundle}, got precision {asked!r}; {step}")
+
+
 def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:
     if device.startswith("cuda"):
         raise EngineError(f"engine 'onnx' runs on a CPU in this version, got device {device!r}; use engine 'torch'")
@@ -130,9 +145,19 @@ def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> E
         from .onnx import OnnxEngine
     except ImportError as error:
         raise EngineError(f"engine 'onnx' needs onnxruntime ({error}); pip install 'var-deploy[cpu]'") from error
+    precision = bundle.manifest.precision
+    if precision is Precision.BF16:
+        raise EngineError(
+            "engine 'onnx': the bundle is bf16, which ONNX Runtime has no CPU kernels for; export int8 or fp32"
+        )
+    if precision is Precision.FP16:
+        log.warning("the bundle is fp16: on a CPU it is computed in float32, slower than a bundle of int8 or fp32")
     decoder, why = _decoder(bundle, options.decoder)
-    log.info("engine onnx on cpu (%s), %s graphs, %s decoder (%s)", reason, options.graphs, decoder, why)
-    return OnnxEngine(bundle, graphs=Graphs(options.graphs), decoder=decoder, threads=options.threads)
+    log.info("engine onnx on cpu (%s), %s graphs", reason, options.graphs)
+    log.info("decoder %s (%s)", decoder, why)
+    return OnnxEngine(
+        bundle, graphs=Graphs(options.graphs), decoder=decoder, threads=options.threads, prepared=options.prepared
+    )
 
 
 def _decoder(bundle: Bundle, asked: str) -> tuple[Decoder, str]:
@@ -140,6 +165,10 @@ def _decoder(bundle: Bundle, asked: str) -> tuple[Decoder, str]:
     missing = [package for package in ("numba", "threadpoolctl") if find_spec(package) is None]
     if asked == Decoder.GRAPH:
         return Decoder.GRAPH, "as asked for"
+    if (precision := bundle.manifest.precision).graph_dtype != "float32":
+        if asked == Decoder.WINOGRAD:
+            raise EngineError(f"decoder 'winograd' reads float32 weights, the bundle is {precision}; use 'graph'")
+        return Decoder.GRAPH, f"the one for {precision}"
     if asked == Decoder.WINOGRAD:
         if missing:
             raise EngineError(f"decoder 'winograd' needs {' and '.join(missing)}; pip install 'var-deploy[cpu]'")

@@ -14,22 +14,27 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ..bundle import WEIGHTS, Bundle
+from ..bundle import WEIGHTS, Bundle, FileSeal
 from ..config import HEAD_DIM
 from ..errors import EngineError
 from ..precision import Precision
+from ..prepared import PreparedCache
 from ..signature import cache_names, scale_graph_name
 from .engine import Decoder, Graphs
 
 #: A single row of a single token (one unguided image in `condition` and at scale 0) takes ONNX Runtime's matrix-vector
 #: kernel, whose sums round differently. A spare row there keeps an image independent of the batch it came in.
 MIN_ROWS = 2
+
+#: Bundles with fewer bytes of weights are loaded in a moment, so nothing is kept for them.
+MIN_PREPARED = 64_000_000
 
 
 @dataclass(slots=True)
@@ -51,11 +56,26 @@ class OnnxEngine:
     """Runs a bundle's graphs with ONNX Runtime; safe to use from several threads, one state each."""
 
     name = "onnx"
-    precision = Precision.FP32
 
-    def __init__(self, bundle: Bundle, *, graphs: Graphs, decoder: Decoder, threads: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        graphs: Graphs,
+        decoder: Decoder,
+        threads: int | None,
+        prepared: PreparedCache | None = None,
+        profile: Path | None = None,
+    ) -> None:
+        """prepared: where weights in this machine's form are kept between runs; None keeps nothing.
+
+        profile: a directory where every session writes the times of its operators, GRAPH_….json, when it ends.
+        """
+        self.precision: Precision = bundle.manifest.precision
         self._bundle = bundle
         self._threads = threads
+        self._profile = profile
+        self._prepared = prepared if self._seal(WEIGHTS).size >= MIN_PREPARED else None
         self._symbolic = graphs is Graphs.SYMBOLIC
         # Read once per image with few rows, so packing would cost load time and memory for nothing.
         self._condition = self._session("condition", prepack=False)
@@ -64,7 +84,7 @@ class OnnxEngine:
         self._encoder: ort.InferenceSession | None = None  # made at the first encode: few callers need it
         self._encoder_lock = Lock()
         if self._symbolic:
-            shared = self._session("scales")
+            shared = self._packed_scales()
             self._scales = [shared] * bundle.manifest.var.num_scales
         else:
             names = [scale_graph_name(k) for k in range(bundle.manifest.var.num_scales)]
@@ -77,7 +97,7 @@ class OnnxEngine:
         with _named_errors("condition"):
             values = self._condition.run(names, {"labels": labels_R})
         cache_shape = (len(labels_R), config.num_heads, config.num_tokens, HEAD_DIM)
-        caches = {name: np.empty(cache_shape, dtype=np.float32) for name in cache_names(config.depth)}
+        caches = {name: np.empty(cache_shape, dtype=self.precision.graph_dtype) for name in cache_names(config.depth)}
         f_hat_shape = (len(labels_R), config.z_channels, config.latent_size, config.latent_size)
         f_hat = [np.zeros(f_hat_shape, dtype=np.float32) for _ in range(2)]
         return OnnxState(R, dict(zip(names, values, strict=True)), caches, f_hat)
@@ -136,9 +156,41 @@ class OnnxEngine:
         from .winograd.decoder import WinogradDecoder  # brings a compiler, which takes half a second
 
         threads = self._threads or len(os.sched_getaffinity(0))
-        return WinogradDecoder(self._bundle.manifest.vqvae, self._bundle.file(WEIGHTS), threads)
+        cache, seal = self._prepared, self._seal(WEIGHTS)
+        made_from = ["1", seal.sha256]  # the form's version: count up when `transformed` changes
+        return WinogradDecoder(
+            self._bundle.manifest.vqvae,
+            self._bundle.file(WEIGHTS),
+            threads,
+            None if cache is None else lambda make: cache.entry("decoder", made_from, seal.size, make),
+        )
 
-    def _session(self, name: str, *, prepack: bool = True) -> ort.InferenceSession:
+    def _packed_scales(self) -> ort.InferenceSession:
+        """The session of the symbolic graph, whose packed matrices are mapped where they are kept."""
+        graph = self._bundle.manifest.graphs["scales"].file
+        if self._prepared is not None:
+            weights = self._seal(WEIGHTS)
+            made_from = [ort.__version__, self._seal(graph).sha256, weights.sha256]
+            made: list[ort.InferenceSession] = []
+            directory = self._prepared.entry(
+                "scales",
+                made_from,
+                2 * weights.size,  # matrices as they are beside the packed ones
+                lambda into: made.append(self._session("scales", save_to=into / graph)),
+            )
+            if directory is not None and not made:
+                return self._session("scales", path=directory / graph)
+            if made:
+                return made[0]
+        return self._session("scales")
+
+    def _seal(self, file: str) -> FileSeal:
+        return self._bundle.manifest.files[file]
+
+    def _session(
+        self, name: str, *, prepack: bool = True, path: Path | None = None, save_to: Path | None = None
+    ) -> ort.InferenceSession:
+        """A session of a graph of the bundle, or of the file that an earlier one was saved to as it is run."""
         options = ort.SessionOptions()
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -147,7 +199,21 @@ class OnnxEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        path = self._bundle.file(self._bundle.manifest.graphs[name].file)
+        if self._profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._profile / name)
+        if save_to is not None:
+            options.optimized_model_filepath = str(save_to)
+            options.log_severity_level = 3  # it warns that the file is for this machine only, which it is
+            for key, value in (
+                ("optimized_model_external_initializers_file_name", f"{name}.packed"),
+                ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+                ("save_external_prepacked_constant_initializers", "1"),
+            ):
+                options.add_session_config_entry(f"session.{key}", value)
+        if path is not None:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was, when saved
+        path = path or self._bundle.file(self._bundle.manifest.graphs[name].file)
         with _named_errors(f"loading {path}"):
             return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import var_deploy
+from var_deploy import cli
 from var_deploy.bench import Spread, bench, bench_record
 from var_deploy.bench import reference as bench_reference
 from var_deploy.bench import run as timing
@@ -57,6 +60,12 @@ class FakeReference:
 
     def compile(self) -> None:
         self.compiled = True
+
+    def variant(self, precision: Precision, *, channels_last: bool) -> FakeReference:
+        assert (precision, channels_last) == (Precision.BF16, True)
+        other = FakeReference({"eager": self.fails["half"]} if "half" in self.fails else None)
+        other.how, other.calls = "half", self.calls
+        return other
 
 
 @pytest.fixture
@@ -197,6 +206,67 @@ def test_a_reference_too_large_for_the_memory_is_part_of_the_row_and_other_error
         bench(pipe, batches=[1], repeats=1)
 
 
+# ---- approximate precisions on a CPU ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def approximate(tiny_bundle: Path) -> var_deploy.Pipeline:
+    return var_deploy.load(tiny_bundle, engine="torch", device="cpu", precision="int8")
+
+
+def test_beside_what_is_not_exact_the_reference_runs_in_float32_and_in_bf16(approximate):
+    (row,) = bench(approximate, batches=[1], repeats=2)
+    assert (row.precision, row.reference_how) == ("int8", "float32")
+    assert row.half_reference_how == "autocast to bf16, channels-last decoder"
+    assert (row.reference.count, row.half_reference.count) == (2, 2)
+    assert row.half_reference.minimum / row.seconds.maximum <= row.half_speedup
+    assert row.half_speedup <= row.half_reference.maximum / row.seconds.minimum
+
+
+@pytest.mark.parametrize(
+    ("exact", "options", "calls", "known"),
+    [
+        (True, {}, 2, ["reference"]),
+        (True, {"half_reference": True}, 4, ["reference", "half_reference"]),
+        (False, {}, 4, ["reference", "half_reference"]),
+        (False, {"half_reference": False}, 2, ["reference"]),
+        (False, {"reference": False}, 0, []),
+        (False, {"reference": False, "half_reference": True}, 2, ["half_reference"]),
+    ],
+)
+def test_the_half_reference_runs_where_it_tells_something_or_is_asked_for(
+    pipe, approximate, fake, exact, options, calls, known
+):
+    theirs = fake()
+    (row,) = bench(pipe if exact else approximate, batches=[1], repeats=1, **options)
+    assert len(theirs.calls) == calls  # a warm-up and a repeat of each
+    assert [name for name in ("reference", "half_reference") if getattr(row, name)] == known
+    assert (row.half_speedup is not None) == ("half_reference" in known)
+
+
+def test_the_command_has_a_switch_for_it(tiny_bundle):
+    arguments = ["bench", str(tiny_bundle), "--half-reference", "--repeats", "1", "--threads", "1", "--json"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["precision"], row["reference_how"]) == ("fp32", "float32")
+    assert row["half_speedup"] > 0
+
+
+def test_a_half_reference_too_large_for_the_memory_leaves_the_other(approximate, fake):
+    fake({"half": torch.OutOfMemoryError("too much")})
+    (row,) = bench(approximate, batches=[1], repeats=1)
+    assert row.failed == {"half_reference": "OutOfMemoryError: too much"}
+    assert row.speedup > 0
+    assert row.half_speedup is None
+
+
+def test_on_a_gpu_a_half_reference_is_refused(approximate, monkeypatch):
+    monkeypatch.setattr(approximate.engine, "device", "cuda:0")
+    with pytest.raises(RequestError, match=r"^half_reference: for a CPU, on a GPU the reference runs in our precision"):
+        bench(approximate, batches=[1], half_reference=True)
+
+
 # ---- floor -----------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +331,34 @@ def test_the_reference_runs_in_the_same_precision_and_ends_in_pictures_on_the_ho
 
 def test_the_reference_takes_the_bundle_s_guidance(pipe):
     assert Reference(pipe.bundle.manifest, "cpu", Precision.FP32)._guidance == 1.5
+
+
+def test_a_variant_shares_the_weights_and_computes_the_same(pipe):
+    reference = Reference(pipe.bundle.manifest, "cpu", Precision.FP32)
+    other = reference.variant(Precision.FP32, channels_last=True)
+    assert other.how == "float32, channels-last decoder"
+    assert other._var is not reference._var
+    for name in ("_var", "_vqvae"):
+        theirs, ours = (dict(getattr(model, name).named_parameters()) for model in (other, reference))
+        copied = {key for key in ours if theirs[key].data_ptr() != ours[key].data_ptr()}
+        assert {key.split(".")[0] for key in copied} == ({"decoder", "post_quant_conv"} if name == "_vqvae" else set())
+    weights = (other._vqvae.decoder.conv_in.weight, reference._vqvae.decoder.conv_in.weight)
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [True, False]
+    pictures = []
+    for model in (reference, other):
+        torch.manual_seed(1)
+        pictures.append(model.run(2).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # float32 sums in another order
+
+
+def test_the_reference_s_stages_are_all_that_was_timed(pipe):
+    reference = Reference(pipe.bundle.manifest, "cpu", Precision.FP32)
+    begin = time.perf_counter()
+    reference.run(3)
+    seconds = time.perf_counter() - begin
+    assert list(reference.stages) == ["transformer", "draw", "decode", "rest"]
+    assert 0.5 * seconds < sum(reference.stages.values()) <= seconds
+    assert not reference._var.head._forward_hooks
 
 
 def test_compiling_keeps_every_block_and_serves_all_of_them_with_the_same_code(monkeypatch):
@@ -378,6 +476,9 @@ def test_the_table_shows_what_was_measured_and_nothing_else(pipe, fake, capsys, 
         share_of_floor=0.5,
         flops_share=0.25,
         joules_per_image=1.25,
+        half_reference=spread,
+        half_reference_how="autocast to fake",
+        half_speedup=3.25,
         device_peak_bytes=2_000_000,
         device_reserved_bytes=3_000_000,
     )
@@ -385,6 +486,9 @@ def test_the_table_shows_what_was_measured_and_nothing_else(pipe, fake, capsys, 
     said = capsys.readouterr().out
     for word in (
         "1 fp32",
+        "reference in bf16",
+        "3.25×",
+        "reference in bf16: autocast to fake",
         "1 bf16",
         "ms",
         "on the device",

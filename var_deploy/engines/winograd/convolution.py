@@ -22,9 +22,9 @@ from .kernels import (
 )
 from .workers import Workers
 
-#: Tiles per strip: products of fewer rows are slower, more do not fit a cache of a few megabytes. Of 128, 256, 512 and
-#: 1024 the fastest at d16's maps on an AMD EPYC (Zen 3) with 2 cores.
-STRIP_TILES = 512
+#: Tiles per strip: products of fewer rows are slower, more take memory. At d16's maps on an AMD EPYC (Zen 3), CPU time
+#: grows below 128 by up to a half, and is the same within noise from 256 to 1024.
+STRIP_TILES = 256
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -66,17 +66,22 @@ class Residual:
     weight_CO: np.ndarray | None = None
 
 
-class Convolution:
-    """A 3×3 convolution, padded with zeros to the same size, its weights transformed once."""
+def transformed(workers: Workers, weight_OC33: np.ndarray) -> np.ndarray:
+    """A convolution's weights as the products take them: U [36, C, width], the outputs filled up to whole LANES."""
+    outputs, C = weight_OC33.shape[:2]
+    U_PCO = np.zeros((PLANES, C, -(-outputs // LANES) * LANES), dtype=np.float32)
+    workers.share(C, lambda _, first, last: transformed_weights(weight_OC33, first, last, U_PCO))
+    return U_PCO
 
-    def __init__(self, workers: Workers, weight_OC33: np.ndarray, bias_O: np.ndarray) -> None:
-        """Widths that are no multiple of LANES are filled up with zeros."""
-        outputs, C = weight_OC33.shape[:2]
-        self._workers, self.width = workers, -(-outputs // LANES) * LANES
-        self._U_PCO = np.zeros((PLANES, C, self.width), dtype=np.float32)
-        workers.share(C, lambda _, first, last: transformed_weights(weight_OC33, first, last, self._U_PCO))
+
+class Convolution:
+    """A 3×3 convolution, padded with zeros to the same size."""
+
+    def __init__(self, workers: Workers, U_PCO: np.ndarray, bias_O: np.ndarray) -> None:
+        """U_PCO: of `transformed`, used in place."""
+        self._workers, self._U_PCO, self.width = workers, U_PCO, U_PCO.shape[-1]
         self._bias_O = np.zeros(self.width, dtype=np.float32)
-        self._bias_O[:outputs] = bias_O
+        self._bias_O[: len(bias_O)] = bias_O
 
     def __call__(self, source: Normed | Doubled, out_HWO: np.ndarray, residual: Residual | None = None) -> np.ndarray:
         """Writes the convolution of `source` to out [H, W, width]; may write over the residual's map.

@@ -6,40 +6,46 @@ and leaves the sums that the next GroupNorm needs, so a map is written once and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from safetensors.numpy import save_file
 from threadpoolctl import ThreadpoolController
 
 from ...config import GROUPS, VQVAEConfig
 from ...mapped_weights import mapped_weights
-from .convolution import Convolution, Doubled, Normed, Residual
+from .convolution import Convolution, Doubled, Normed, Residual, transformed
 from .deep_level import NORM_EPS, DeepLevel
 from .workers import Workers
+
+#: File of the transformed weights.
+KEPT = "decoder.safetensors"
+
+#: Fills a directory.
+Make = Callable[[Path], object]
 
 
 class WinogradDecoder:
     """The decoder of one bundle; one image after the other, each with all workers."""
 
-    def __init__(self, vqvae: VQVAEConfig, weights_file: Path, threads: int) -> None:
-        """weights_file: of the bundle; the deepest level's weights are used in place. Raises BundleError."""
+    def __init__(
+        self, vqvae: VQVAEConfig, weights_file: Path, threads: int, kept: Callable[[Make], Path | None] | None = None
+    ) -> None:
+        """weights_file: of the bundle; the deepest level's weights are used in place.
+
+        kept(make) → a directory that make has filled, now or earlier, or None: where the transformed weights of the
+        finer levels are kept and mapped. Without it they are made here. Raises BundleError.
+        """
         self._vqvae, self._weights = vqvae, mapped_weights(weights_file)
         self._widths = [vqvae.ch * m for m in vqvae.ch_mult]
         self._workers = Workers(threads)
         self._deep = DeepLevel(self._workers, self._weights, vqvae)
-        # A mapping of its own: what is read once, to be transformed, does not stay in this process.
-        once = mapped_weights(weights_file)
-        self._convolutions = {name: self._convolution(name, once) for name in self._finer_convolutions()}
-        deepest, side = len(self._widths) - 1, vqvae.image_size
-        # A level's maps: what comes in may have the width of the level below it.
-        largest = max(
-            (side >> level) ** 2 * max(width, self._widths[min(level + 1, deepest)])
-            for level, width in enumerate(self._widths)
-        )
-        self._slots = [np.empty(largest, dtype=np.float32) for _ in range(3)]
+        U_PCO = self._transformed_or_kept(weights_file, kept)
+        self._convolutions = {name: Convolution(self._workers, U, self._bias(name)) for name, U in U_PCO.items()}
+        self._slots = [np.empty(cells, dtype=np.float32) for cells in self._slot_sizes()]
         self._lock = Lock()  # the buffers are there once
         self._blas = ThreadpoolController().select(user_api="blas")
 
@@ -62,38 +68,73 @@ class WinogradDecoder:
                 yield f"decoder.up.{level}.block.{j}.conv2"
         yield "decoder.conv_out"
 
-    def _convolution(self, name: str, weights: Mapping[str, np.ndarray]) -> Convolution:
+    def _transformed_or_kept(
+        self, weights_file: Path, kept: Callable[[Make], Path | None] | None
+    ) -> dict[str, np.ndarray]:
+        made: dict[str, np.ndarray] = {}
+
+        def make(directory: Path) -> None:
+            made.update(self._transformed(weights_file))
+            save_file(made, directory / KEPT)
+
+        directory = None if kept is None else kept(make)
+        if directory is not None and not made:
+            return mapped_weights(directory / KEPT)
+        return made or self._transformed(weights_file)
+
+    def _transformed(self, weights_file: Path) -> dict[str, np.ndarray]:
+        """U of every finer convolution."""
+        # A mapping of its own: what is read once does not stay in this process.
+        once = mapped_weights(weights_file)
+        return {name: transformed(self._workers, once[f"{name}.weight"]) for name in self._finer_convolutions()}
+
+    def _bias(self, name: str) -> np.ndarray:
+        """With that of the shortcut which the convolution's result is added to."""
         bias_O = self._weights[f"{name}.bias"]
         shortcut = f"{name.removesuffix('.conv2')}.nin_shortcut.bias"
         if name.endswith(".conv2") and shortcut in self._weights:
             bias_O = bias_O + self._weights[shortcut]
-        return Convolution(self._workers, weights[f"{name}.weight"], bias_O)
+        return bias_O
+
+    def _slot_sizes(self) -> tuple[int, int, int]:
+        """Elements of the largest map in each buffer: two that change places, one for what a shortcut leads to."""
+        deepest, size = len(self._widths) - 1, self._vqvae.image_size
+        sides = [size >> level for level in range(deepest + 1)]
+        wide = [max(width, self._widths[min(level + 1, deepest)]) for level, width in enumerate(self._widths)]
+        shortcuts = [
+            sides[level] ** 2 * self._widths[level]
+            for level in range(deepest)
+            if self._widths[level] != self._widths[level + 1]
+        ]
+        largest = max(side**2 * width for side, width in zip(sides, wide, strict=True))
+        return largest, largest, max(shortcuts, default=0)
 
     def _image(self, f_hat_Chh: np.ndarray) -> np.ndarray:
         """One image: pixels [3, R, R]."""
         deepest = len(self._widths) - 1
-        side, current = self._vqvae.latent_size, 0
-        x_HWC = self._map(current, side, self._widths[-1])
+        side, x_slot, y_slot = self._vqvae.latent_size, 0, 1
+        x_HWC = self._map(x_slot, side, self._widths[-1])
         x_HWC[...] = self._deep(np.ascontiguousarray(f_hat_Chh)).transpose(1, 2, 0)
         sums_2C = np.stack([x_HWC.sum(axis=(0, 1), dtype=np.float64), np.square(x_HWC, dtype=np.float64).sum((0, 1))])
         for level in reversed(range(deepest)):
-            side, below, current = 2 * side, x_HWC, (current + 1) % 3
-            x_HWC = self._map(current, side, self._widths[level + 1])
+            side, below = 2 * side, x_HWC
+            x_slot, y_slot = y_slot, 1 - y_slot
+            x_HWC = self._map(x_slot, side, self._widths[level + 1])
             sums_2C = self._convolutions[f"decoder.up.{level + 1}.upsample.conv"](Doubled(below), x_HWC)
             for j in range(self._vqvae.num_res_blocks + 1):
                 name, width = f"decoder.up.{level}.block.{j}", self._widths[level]
-                y_HWC = self._map((current + 1) % 3, side, width)
+                y_HWC = self._map(y_slot, side, width)
                 y_sums = self._convolutions[f"{name}.conv1"](self._normed(x_HWC, sums_2C, f"{name}.norm1"), y_HWC)
                 residual, out_HWC = Residual(x_HWC), x_HWC
                 if x_HWC.shape[-1] != width:
                     weight_OC = self._weights[f"{name}.nin_shortcut.weight"].reshape(width, -1)
-                    residual, current = Residual(x_HWC, weight_OC.T), (current + 2) % 3
-                    out_HWC = self._map(current, side, width)
+                    residual, x_slot = Residual(x_HWC, weight_OC.T), 2
+                    out_HWC = self._map(x_slot, side, width)
                 source = self._normed(y_HWC, y_sums, f"{name}.norm2")
                 sums_2C = self._convolutions[f"{name}.conv2"](source, out_HWC, residual)
                 x_HWC = out_HWC
         out = self._convolutions["decoder.conv_out"]
-        pixels_RRC = self._map((current + 1) % 3, side, out.width)
+        pixels_RRC = self._map(y_slot, side, out.width)
         out(self._normed(x_HWC, sums_2C, "decoder.norm_out"), pixels_RRC)
         return np.clip(pixels_RRC[..., :3].transpose(2, 0, 1) * np.float32(0.5) + np.float32(0.5), 0, 1)
 

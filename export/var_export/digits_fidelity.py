@@ -1,0 +1,75 @@
+"""Are the digits that a bundle draws still digits? Samples of an engine beside as many of the float32 reference.
+
+For bundles of the digits example alone: the judge is a classifier of digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from var_deploy.errors import RequestError
+from var_deploy.pipeline import Pipeline
+from var_train import VAR, VQVAE
+from var_train.digits import GUIDANCE, TOP_K, TOP_P, generate_digits
+from var_train.digits_data import load_split
+from var_train.digits_quality import DigitsJudge, LabelledImages, feature_distance
+
+#: Images at a time.
+BATCH = 100
+
+#: How much of the reference's accuracy may be lost.
+MAX_ACCURACY_LOSS = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DigitsFidelity:
+    """Guided samples, the same number of every digit."""
+
+    images: int
+    accuracy: float  #: share of an engine's images that the judge sees as their digit
+    reference_accuracy: float  #: of the reference's
+    feature_distance: float  #: Fréchet distance between the two, in the judge's features
+    reference_distance: float  #: between two draws of the reference: what chance alone makes
+
+    @property
+    def passed(self) -> bool:
+        """Whether the accuracy is that of the reference, within one point."""
+        return self.accuracy >= self.reference_accuracy - MAX_ACCURACY_LOSS  # a NaN fails too
+
+
+def digits_fidelity(
+    pipe: Pipeline, var: VAR, vqvae: VQVAE, *, images: int = 1000, progress: Callable[[str], None] = lambda _: None
+) -> DigitsFidelity:
+    """Draws and judges. Raises RequestError for another model, VarDeployError where scikit-learn is missing."""
+    split = load_split()
+    classes, side = var.config.num_classes, split.train.images_N3RR.shape[-1]
+    if (classes, vqvae.config.image_size) != (10, side):
+        raise RequestError(
+            f"digits: the bundle makes {classes} classes at {vqvae.config.image_size} px, expected 10 at {side}; "
+            "leave --digits out"
+        )
+    per_class = max(images // classes, 1)
+    judge = DigitsJudge(split.train)
+    progress(f"{per_class * classes} digits of the reference, twice")
+    reference, again = (generate_digits(vqvae, var, per_class=per_class, seed=seed) for seed in (0, 1))
+    progress(f"{per_class * classes} digits of the engine")
+    ours = _engine_digits(pipe, per_class, classes)
+    return DigitsFidelity(
+        images=len(ours.labels_N),
+        accuracy=float(judge.right_N(ours).mean()),
+        reference_accuracy=float(judge.right_N(reference).mean()),
+        feature_distance=feature_distance(ours, reference),
+        reference_distance=feature_distance(again, reference),
+    )
+
+
+def _engine_digits(pipe: Pipeline, per_class: int, classes: int) -> LabelledImages:
+    labels_N = np.arange(classes).repeat(per_class)
+    pixels = [
+        pipe.generate(labels_N[i : i + BATCH].tolist(), seeds=i, guidance=GUIDANCE, top_k=TOP_K, top_p=TOP_P).pixels
+        for i in range(0, len(labels_N), BATCH)
+    ]
+    return LabelledImages(np.concatenate(pixels), labels_N)

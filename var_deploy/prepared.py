@@ -1,0 +1,138 @@
+"""Weights in the form that this machine computes with, kept between runs: mapped instead of made again at every start.
+
+An entry is a directory in `$XDG_CACHE_HOME/var-deploy` (default `~/.cache/var-deploy`), named by a digest of all that
+it was made from: the bundle's files, library versions, the CPU. It is written beside its name and renamed into place
+when whole, so processes that start at the same time do not meet half of one. Everything in it may be deleted at any
+time; what is damaged is said and made again; where it cannot be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .bundle import FileSeal, sha256_of
+from .errors import RequestError, VarDeployError
+
+log = logging.getLogger("var_deploy")
+
+SEALS = "seals.json"
+#: Staging directories older than this, in seconds, are of a process that died.
+STALE = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedCache:
+    """Where entries are kept; `verify_digests=False` compares sizes only."""
+
+    directory: Path
+    verify_digests: bool = True
+
+    def entry(self, kind: str, made_from: Iterable[str], size: int, make: Callable[[Path], object]) -> Path | None:
+        """The directory of an entry, made by make(directory) where there is none yet; None where none can be kept.
+
+        made_from: all that decides the content. size: bytes that it will take at most.
+        """
+        name = f"{kind}-{hashlib.sha256(chr(0).join([*made_from, processor()]).encode()).hexdigest()[:32]}"
+        path = self.directory / name
+        if path.is_dir():
+            problem = self._problem(path)
+            if problem is None:
+                return path
+            log.warning("%s: %s; making it again", path, problem)
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            free = shutil.disk_usage(self.directory).free
+            if free < size:
+                log.warning("%s: needs %.0f MB, %.0f MB are free; nothing is kept", path, size / 1e6, free / 1e6)
+                return None
+            return self._made(path, make)
+        except OSError as error:
+            log.warning("%s: cannot be kept (%s)", path, error.strerror or error)
+            return None
+
+    def _made(self, path: Path, make: Callable[[Path], object]) -> Path | None:
+        log.info("%s: preparing weights for this machine, once", path)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=self.directory))
+        try:
+            make(staging)
+            files = sorted(file for file in staging.iterdir())
+            seals = {file.name: FileSeal(size=file.stat().st_size, sha256=sha256_of(file)) for file in files}
+            (staging / SEALS).write_text(json.dumps({name: asdict(seal) for name, seal in seals.items()}))
+            try:  # without waiting for the disk: what a crash leaves does not fit its seals
+                staging.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process was quicker: its entry is the same
+                    raise
+            return path
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with an entry, if anything."""
+        try:
+            seals = {name: FileSeal(**seal) for name, seal in json.loads((path / SEALS).read_text()).items()}
+            for name, seal in seals.items():
+                file = path / name
+                if (size := file.stat().st_size) != seal.size:
+                    return f"{name} has {size} bytes, expected {seal.size}"
+                if self.verify_digests and sha256_of(file) != seal.sha256:
+                    return f"{name} has changed"
+        except (OSError, ValueError, TypeError, AttributeError, VarDeployError) as error:
+            return f"damaged ({error})"
+        return None if seals else "empty"
+
+    def _sweep(self) -> None:
+        """Removes what a process that died has left."""
+        now = self.directory.stat().st_mtime
+        for left in self.directory.glob(".*-*"):
+            if now - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def entries(directory: Path) -> dict[str, int]:
+    """Bytes of every entry, unfinished ones too."""
+    found = sorted(path for path in directory.glob("*") if path.is_dir()) if directory.is_dir() else []
+    return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in found}
+
+
+def remove_entries(directory: Path) -> None:
+    """Deletes everything that is kept. Raises RequestError where it may not be deleted."""
+    for name in entries(directory):
+        try:
+            shutil.rmtree(directory / name)
+        except OSError as error:
+            raise RequestError(
+                f"{directory / name}: cannot be deleted ({error.strerror}); delete it by hand"
+            ) from error
+
+
+def default_directory() -> Path:
+    """By the XDG Base Directory specification: $XDG_CACHE_HOME where it is an absolute path, else ~/.cache."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        base = given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # no home: kept nowhere that outlives the machine's temporary files
+        base = Path(tempfile.gettempdir())
+    return base / "var-deploy"
+
+
+def processor() -> str:
+    """Model and instruction set of the CPU: packed weights differ between them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    found = [re.search(rf"^(?:{field})\s*:\s*(.*)$", text, re.MULTILINE) for field in ("model name", "flags|Features")]
+    return " ".join([platform.machine(), *(match.group(1) for match in found if match)])
