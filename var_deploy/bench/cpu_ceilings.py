@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,30 @@ from .rows import Spread
 M, K, N = 512, 1024, 4096
 WEIGHT_MAX = 63  # of the 8-bit weights that a bundle has
 SAMPLE_SECONDS = 0.2
+
+
+#: As the kernel calls them: without instructions for bf16 or 8 bits such products take longer than others would.
+INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "amx_bf16",
+    "avx_vnni",
+    "avx512_vnni",
+    "amx_int8",
+    "bf16",
+    "asimddp",
+    "i8mm",
+)
+
+
+def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Which of them the CPU has; none where the system does not tell."""
+    if not cpuinfo.is_file():
+        return []
+    lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    known = set(lines[0].split()) if lines else set()
+    return [name for name in INSTRUCTIONS if name in known]
 
 
 class Arithmetic(StrEnum):

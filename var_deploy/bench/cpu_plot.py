@@ -32,6 +32,7 @@ def plot_cpu(record: dict[str, Any], path: Path) -> None:
             axes.set(title=f"batch {row['batch']}", xlabel="seconds per image, median and p10–p90")
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
     machine = record["machine"]
     figure.suptitle(
         f"d{record['model']['depth']}, {record['model']['image']} px, on {machine['processor']}, "

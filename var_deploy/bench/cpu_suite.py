@@ -24,7 +24,7 @@ from ..bundle import WEIGHTS, Bundle
 from ..errors import RequestError, VarDeployError, run_command
 from ..output_file import check_output, write_text
 from ..pipeline import load
-from .cpu_ceilings import products
+from .cpu_ceilings import instructions, products
 from .cpu_plot import plot_cpu
 from .cpu_profile import operator_milliseconds
 from .cpu_start import measured_starts
@@ -59,7 +59,7 @@ class CpuRun:
         self.record: dict[str, Any] = {
             "timed": TIMED,
             "model": {"depth": var.depth, "width": var.embed_dim, "image": self._manifest.vqvae.image_size},
-            "machine": {**machine(), "threads": threads},
+            "machine": {**machine(), "instructions": instructions(), "threads": threads},
             "sampling": {
                 "guidance": sampling.guidance if guidance is None else guidance,
                 "top_k": sampling.top_k,

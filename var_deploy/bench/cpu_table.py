@@ -146,12 +146,13 @@ make test-full    # export, parity and memory, d16 and d30
 def _about(record: dict[str, Any]) -> str:
     machine, sampling = record["machine"], record["sampling"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "onnxruntime", "torch") if name in machine)
+    instructions = ", ".join(machine["instructions"]) or "unknown instructions"
     return (
         f"{record['model']['image']} px, guidance {sampling['guidance']:g}, top-k {sampling['top_k']}, top-p "
         f"{sampling['top_p']:g}; class ids in, 8-bit pictures out, loading and warm-up not included. Machine: "
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads for every variant; "
-        f"{versions}. PyTorch has random weights. Every repeat runs all variants in turn. Written by `make bench-cpu`, "
-        "whose bundles have random weights too; all numbers: [cpu.json](cpu.json)."
+        f"{machine['processor']}, {machine['cores']} cores with {instructions}, {machine['threads']} threads for every "
+        f"variant; {versions}. PyTorch has random weights. Every repeat runs all variants in turn. Written by "
+        "`make bench-cpu`, whose bundles have random weights too; all numbers: [cpu.json](cpu.json)."
     )
 
 
@@ -191,9 +192,9 @@ def _batch(row: dict[str, Any], variants: dict[str, Any]) -> list[str]:
     )
     count = next(iter(row["variants"].values()))["seconds"]["count"]
     notes = (
-        f"{count} repeats. Operations: transformer {transformer / 1e9:,.1f} G, decoder {flops['decode'] / 1e9:,.1f} G, "
-        "counted as plain products and convolutions, so a decoder that multiplies less can pass its ceiling. Ceilings "
-        f"in this run, 10⁹ operations per second: {ceilings}."
+        f"Repeats: {count}. Operations: transformer {transformer / 1e9:,.1f} G, decoder {flops['decode'] / 1e9:,.1f} "
+        "G, counted as plain products and convolutions, so a decoder that multiplies less can pass its ceiling. "
+        f"Ceilings in this run, 10⁹ operations per second: {ceilings}."
     )
     stages = [
         f"- {name}, milliseconds by stage: "

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from var_deploy.bench import cpu_ceilings, cpu_start, cpu_suite, cpu_variants
-from var_deploy.bench.cpu_ceilings import counted_flops, products, shares
+from var_deploy.bench.cpu_ceilings import counted_flops, instructions, products, shares
 from var_deploy.bench.cpu_profile import operator_milliseconds, operators_of
 from var_deploy.bench.cpu_variants import COMPILED, EAGER, HALF, HALF_COMPILED, Variant, parts, references
 from var_deploy.bench.floor import floor
@@ -215,6 +215,18 @@ def test_ceilings_are_measured_products():
         assert found["seconds"]["count"] == 2
         assert found["flops_per_second"] == pytest.approx(2 * 5 * 64 * 33 / found["seconds"]["median"])
         assert product.seconds == []
+
+
+def test_instructions_are_those_that_the_system_names(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "model name\t: Fake\nflags\t\t: fpu avx2 avx512f avx512_bf16x avx512_vnni\nflags\t\t: amx_int8\n"
+    )
+    assert instructions(cpuinfo) == ["avx2", "avx512f", "avx512_vnni"]
+    cpuinfo.write_text("Features\t: fp asimddp bf16\n")
+    assert instructions(cpuinfo) == ["bf16", "asimddp"]
+    cpuinfo.write_text("")
+    assert instructions(cpuinfo) == instructions(tmp_path / "none") == []
 
 
 def test_a_product_is_sampled_for_a_while():

@@ -45,7 +45,14 @@ def record(**more: Any) -> dict[str, Any]:
     how = {"ours": False, "precision": "fp32"}
     return {
         "model": {"depth": 16, "width": 1024, "image": 256},
-        "machine": {"processor": "Fake", "cores": 2, "threads": 2, "python": "3.11", "torch": "2.13"},
+        "machine": {
+            "processor": "Fake",
+            "cores": 2,
+            "threads": 2,
+            "instructions": ["avx2"],
+            "python": "3.11",
+            "torch": "2.13",
+        },
         "sampling": {"guidance": 1.5, "top_k": 900, "top_p": 0.96},
         "weights_bytes": {"fp32": 1_000_000_000},
         "starts": {},
@@ -102,13 +109,13 @@ def test_the_page_of_a_whole_run():
     text = page(record(batches=[batch_row(1), batch_row(8, int8=2.5)], operators={"fp32": operators}, **started()))
     for line in (
         "# d16 on a CPU",
-        "Machine: Fake, 2 cores, 2 threads for every variant; python 3.11, torch 2.13.",
+        "Machine: Fake, 2 cores with avx2, 2 threads for every variant; python 3.11, torch 2.13.",
         "| fp32, batch 8: over eager PyTorch in float32 | ≥ 1.5× | 1.60× (1.44–1.92) | yes |",
         "| int8, batch 8: over PyTorch under bf16 autocast | ≥ 1.6× | 2.50× (2.25–3.00) | yes |",
         "| PyTorch float32 | 8.000 (7.600–8.800) | 1.000 | 4.800 | 0.400 | 2.400 | 0.400 | 75% | 125% |  |  |",
         "| fp32 | 5.000 (4.750–5.500) | 5.000 | 3.000 | 0.250 | 1.500 | 0.250 | 75% | 125% | 1.60× (1.44–1.92) "
         "| 0.80× (0.72–0.96) |",
-        "5 repeats. Operations: transformer 10.0 G, decoder 5.0 G,",
+        "Repeats: 5. Operations: transformer 10.0 G, decoder 5.0 G,",
         "float32 198 (MatMul)",
         "- fp32, milliseconds by stage: condition 10.0, draw 250.0",
         "- compiled float32: the first run, compilation included, took 40 s",
