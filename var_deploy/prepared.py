@@ -16,9 +16,12 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .bundle import FileSeal, sha256_of
 from .errors import RequestError, VarDeployError
@@ -58,8 +61,8 @@ class PreparedCache:
                 log.warning("%s: needs %.0f MB, %.0f MB are free; nothing is kept", path, size / 1e6, free / 1e6)
                 return None
             return self._made(path, make)
-        except OSError as error:
-            log.warning("%s: cannot be kept (%s)", path, error.strerror or error)
+        except (OSError, SafetensorError, VarDeployError) as error:  # a full disk comes as any of them
+            log.warning("%s: cannot be kept (%s)", path, getattr(error, "strerror", None) or error)
             return None
 
     def _made(self, path: Path, make: Callable[[Path], object]) -> Path | None:
@@ -95,9 +98,8 @@ class PreparedCache:
 
     def _sweep(self) -> None:
         """Removes what a process that died has left."""
-        now = self.directory.stat().st_mtime
         for left in self.directory.glob(".*-*"):
-            if now - left.stat().st_mtime > STALE:
+            if time.time() - left.stat().st_mtime > STALE:
                 shutil.rmtree(left, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ import pytest
 import var_deploy
 from var_deploy import prepared
 from var_deploy.engines import onnx as onnx_engine
-from var_deploy.errors import RequestError
+from var_deploy.errors import EngineError, RequestError
 from var_deploy.prepared import SEALS, PreparedCache, default_directory, entries, processor, remove_entries
 
 
@@ -93,6 +93,16 @@ class TestEntry:
 
         with pytest.raises(ValueError, match="no"):
             cache.entry("x", ["1"], 6, fail)
+        assert list(cache.directory.iterdir()) == []
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left"), EngineError("No space left")])
+    def test_a_disk_that_fills_up_is_no_failure(self, cache, error, caplog):
+        def fill(directory: Path) -> None:
+            write(directory)
+            raise error
+
+        assert cache.entry("x", ["1"], 6, fill) is None
+        assert "cannot be kept (No space left)" in caplog.text
         assert list(cache.directory.iterdir()) == []
 
     def test_another_process_may_be_quicker(self, cache):

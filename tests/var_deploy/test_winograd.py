@@ -19,7 +19,7 @@ from var_deploy.engines.winograd import convolution
 from var_deploy.engines.winograd.convolution import Convolution, Doubled, Normed, Residual, transformed
 from var_deploy.engines.winograd.decoder import WinogradDecoder
 from var_deploy.engines.winograd.kernels import normed_rows
-from var_deploy.engines.winograd.workers import Workers
+from var_deploy.engines.winograd.workers import Workers, products
 from var_deploy.errors import BundleError, EngineError
 from var_deploy.mapped_weights import mapped_weights
 
@@ -173,6 +173,20 @@ def test_an_error_in_a_worker_reaches_the_caller():
 
     with pytest.raises(ValueError, match="no memory"):
         Workers(2).share(4, fail)
+
+
+def test_two_decoders_at_once_leave_the_matrix_library_as_it_was():
+    def threads() -> list[int]:
+        return [lib["num_threads"] for lib in ThreadpoolController().select(user_api="blas").info()]
+
+    before = threads()
+    first, second = products.single_threaded(), products.single_threaded()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(threads()) == {1}
+    second.__exit__(None, None, None)
+    assert threads() == before
 
 
 class TestChoice:

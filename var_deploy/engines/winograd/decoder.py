@@ -7,19 +7,17 @@ and leaves the sums that the next GroupNorm needs, so a map is written once and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 from safetensors.numpy import save_file
-from threadpoolctl import ThreadpoolController
 
 from ...config import GROUPS, VQVAEConfig
 from ...mapped_weights import mapped_weights
 from .convolution import Convolution, Doubled, Normed, Residual, transformed
 from .deep_level import NORM_EPS, DeepLevel
-from .workers import Workers
+from .workers import Workers, products
 
 #: File of the transformed weights.
 KEPT = "decoder.safetensors"
@@ -47,18 +45,11 @@ class WinogradDecoder:
         self._convolutions = {name: Convolution(self._workers, U, self._bias(name)) for name, U in U_PCO.items()}
         self._slots = [np.empty(cells, dtype=np.float32) for cells in self._slot_sizes()]
         self._lock = Lock()  # the buffers are there once
-        self._blas = ThreadpoolController().select(user_api="blas")
 
     def __call__(self, f_hat_BChh: np.ndarray) -> np.ndarray:
         """Pixels [B, 3, R, R] in [0, 1] of f_hat [B, C, h, h]."""
-        with self._lock, self._one_thread_per_product():
+        with self._lock, products.single_threaded():  # the workers are the threads
             return np.stack([self._image(f_hat_Chh) for f_hat_Chh in np.asarray(f_hat_BChh, dtype=np.float32)])
-
-    @contextmanager
-    def _one_thread_per_product(self) -> Iterator[None]:
-        """The workers are the threads: NumPy's matrix library runs single-threaded in each of them meanwhile."""
-        with self._blas.limit(limits=1):
-            yield
 
     def _finer_convolutions(self) -> Iterator[str]:
         for level in reversed(range(len(self._widths) - 1)):

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import pairwise
+from threading import Lock
+from typing import Any
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
+
+
+class _Products:
+    """Keeps NumPy's matrix library to one thread while any decoder of this process runs.
+
+    Its setting is one for the whole process, so the first decoder to start sets it and the last to end restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running = 0
+        self._limiter: Any = None
+
+    @contextmanager
+    def single_threaded(self) -> Iterator[None]:
+        with self._lock:
+            if self._running == 0:
+                self._limiter = ThreadpoolController().select(user_api="blas").limit(limits=1)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._running == 0:
+                    self._limiter.restore_original_limits()
+
+
+products = _Products()
 
 
 class Workers:
@@ -22,6 +55,7 @@ class Workers:
         bounds = [total * i // self.count for i in range(self.count + 1)]
         parts = enumerate(pairwise(bounds))
         done = [self._pool.submit(work, worker, first, last) for worker, (first, last) in parts if first < last]
+        wait(done)  # all of them, whatever fails: the caller's buffers are theirs until then
         for future in done:
             future.result()
 
