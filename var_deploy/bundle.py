@@ -94,7 +94,7 @@ class Manifest:
             "sampling": asdict(self.sampling),
             "class_names": None if self.class_names is None else list(self.class_names),
             "license": self.license,
-            "source": dict(self.source),
+            "source": _finite(self.source),
             "graphs": {name: asdict(spec) for name, spec in self.graphs.items()},
             "files": {name: asdict(seal) for name, seal in self.files.items()},
         }
@@ -265,6 +265,8 @@ def _finite(value: Any) -> Any:
     """The same data with None for numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

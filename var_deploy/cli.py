@@ -48,7 +48,10 @@ Decoder = Annotated[str, typer.Option(help="auto, graph or winograd: fewer multi
 Cache = Annotated[
     bool, typer.Option(help="Keep weights in this machine's form for faster starts: see the command cache.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads per session; default one per core.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute; default one per core (onnx engine).")]
+MemoryLimit = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory to stay within, in MB or as 4GB; default what is free.")
+]
 
 
 def main() -> None:
@@ -155,6 +158,7 @@ def generate(
     decoder: Decoder = "auto",
     cache: Cache = True,
     threads: Threads = None,
+    memory_limit: MemoryLimit = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
 ) -> None:
@@ -177,19 +181,20 @@ def generate(
         decoder=decoder,
         cache=cache,
         threads=threads,
+        memory_limit=_bytes(memory_limit),
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
     )
     names = pipe.bundle.manifest.class_names or ()
     labels = [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
-    frames = []
+    frames: list[list[Any]] = [[] for _ in range(pipe.bundle.manifest.var.num_scales)]
     with Progress(console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("scales", total=pipe.bundle.manifest.var.num_scales)
+        task = bar.add_task("scales", total=len(frames) * len(labels))
 
         def on_scale(preview: Preview) -> None:
             if steps_gif is not None:
-                frames.append(image_grid(preview.images))
-            bar.advance(task)
+                frames[preview.scale] += preview.images  # of a part, where the batch is split
+            bar.advance(task, len(preview.tokens_Bn))
 
         result = pipe.generate(
             labels,
@@ -216,7 +221,7 @@ def generate(
             print(path)
     if steps_gif is not None:
         with replacing(steps_gif) as partial:
-            save_animation(frames, partial)
+            save_animation([image_grid(images) for images in frames], partial)
         print(steps_gif)
 
 
@@ -283,6 +288,7 @@ def bench(
     decoder: Decoder = "auto",
     cache: Cache = True,
     threads: Threads = None,
+    memory_limit: MemoryLimit = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
     as_json: AsJson = False,
@@ -300,8 +306,11 @@ def bench(
     if (bundle is None) == (preset is None):
         got = "neither" if preset is None else "both"
         raise RequestError(f"bench: got {got}, expected either a bundle directory or --preset NAME")
-    if preset is not None and (threads is not None or graphs != "symbolic" or decoder != "auto"):
-        raise EngineError("a preset runs on engine 'torch', without options threads, graphs, decoder; leave them out")
+    on_cpu: dict[str, Any] = {"threads": threads, "graphs": graphs, "decoder": decoder}
+    on_cpu["memory_limit"] = limit = _bytes(memory_limit)
+    if preset is not None and (threads or limit or graphs != "symbolic" or decoder != "auto"):
+        names = ", ".join(on_cpu)
+        raise EngineError(f"a preset runs on engine 'torch', without options {names}; leave them out")
     if out is not None:
         check_output(out)
     if plot is not None:
@@ -311,8 +320,7 @@ def bench(
 
     def loaded(precision: str) -> Pipeline:
         if bundle is not None:
-            on_cpu: dict[str, Any] = {"graphs": graphs, "decoder": decoder, "cache": cache, "threads": threads}
-            return load(bundle, **run, **on_cpu, precision=precision)
+            return load(bundle, **run, **on_cpu, cache=cache, precision=precision)
         pipe: Pipeline = _needs("var_export.random_bundle", "export").random_pipeline(
             preset, **run, precision=precision
         )
@@ -353,6 +361,8 @@ def cache_command(
     from .prepared import default_directory, entries, remove_entries
 
     directory = default_directory()
+    if directory is None:
+        raise RequestError("cache: no home directory and no XDG_CACHE_HOME, so nothing is kept; set one of them")
     found = entries(directory)
     for name, size in found.items():
         print(f"{name}: {size / 1e6:,.1f} MB")
@@ -419,6 +429,12 @@ def _class_names(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot read class names ({error})") from error
     return [name.strip() for name in names if name.strip()]
+
+
+def _bytes(size: str | None) -> int | None:
+    from .memory_budget import bytes_from_text
+
+    return None if size is None else bytes_from_text(size)
 
 
 def _guidance(text: str | None) -> float | list[float] | None:

@@ -8,9 +8,12 @@ from typing import Any
 
 from .bundle import Bundle, Manifest
 from .config import config_to_dict
+from .cpus import usable_cpus
+from .engines.choice import default_decoder
 from .errors import RequestError
 from .launch_counts import launch_counts
-from .memory import FLOAT_BYTES, memory_plan
+from .memory import FLOAT_BYTES
+from .memory_budget import MemoryBudget, onnx_plan
 from .precision import COLUMN_SCALE, Precision
 from .static_buffers import (
     bucket_of,
@@ -48,7 +51,7 @@ def inspect_bundle(
         parameters[_part(name)] += 0 if name.endswith(COLUMN_SCALE) else size
     plans: dict[str, Any] = {}
     if manifest.precision is not Precision.BF16:
-        plans["memory"] = _onnx_plan(bundle, sizes, batches)
+        plans["memory"] = _onnx_plan(bundle, batches)
     if manifest.precision is Precision.FP32:
         plans["torch"] = _torch_plan(manifest, sizes, batches, precision or Precision.BF16, smooth, decode_slice)
     return {
@@ -70,16 +73,14 @@ def inspect_bundle(
     }
 
 
-def _onnx_plan(bundle: Bundle, sizes: dict[str, int], batches: list[int]) -> list[dict[str, Any]]:
-    """What the onnx engine holds for a guided batch on a CPU, in bytes."""
-    manifest, stored = bundle.manifest, bundle.weight_bytes()
-    half = manifest.precision.graph_dtype != "float32"
-    if half:  # ONNX Runtime's CPU kernels are float32: it makes float32 of halves when it loads
-        stored = {name: FLOAT_BYTES * size for name, size in sizes.items()}
-    loaded = sum(size for name, size in stored.items() if _part(name) != "encoder")  # loaded when first used
-    cache_bytes = 2 if half else FLOAT_BYTES
-    plans = [memory_plan(manifest.var, manifest.vqvae, loaded, batch, cache_bytes=cache_bytes) for batch in batches]
-    return [{**asdict(plan), "total": plan.total} for plan in plans]
+def _onnx_plan(bundle: Bundle, batches: list[int]) -> list[dict[str, Any]]:
+    """What the onnx engine holds for a guided batch on a CPU, in bytes, and how many of its images fit here at once."""
+    budget = MemoryBudget(plan=onnx_plan(bundle, default_decoder(bundle), usable_cpus().threads))
+    plans = [budget.plan(batch, True) for batch in batches]
+    return [
+        {**asdict(plan), "total": plan.total, "images_at_once": budget.images_at_once(plan.batch, True)}
+        for plan in plans
+    ]
 
 
 def _torch_plan(

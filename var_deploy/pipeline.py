@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,11 @@ from PIL import Image
 
 from . import request, sampling
 from .bundle import Bundle
-from .engines import DeviceLoop, Engine, EngineOptions, engine_for
+from .engines import DeviceLoop, Engine, EngineOptions, Planned, engine_for
 from .images import images_from_pixels, pixels_from_images
-from .prepared import PreparedCache, default_directory
+from .memory import anonymous_size
+from .memory_budget import MemoryBudget
+from .prepared import default_cache
 from .quantizer import Quantizer
 
 
@@ -38,6 +40,7 @@ def load(
     graphs: str = "symbolic",
     decoder: str = "auto",
     threads: int | None = None,
+    memory_limit: int | None = None,
     decode_slice: int | None = None,
     compile_decoder: bool = False,
     cache: bool = True,
@@ -50,9 +53,12 @@ def load(
     own; the torch engine reads fp32 bundles and makes fp32 of them on a CPU and bf16 on a GPU ("auto"), or fp16, int8
     (weights only) and fp8 (Hopper). What "auto" takes is logged with its reason.
     onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); decoder "graph", "winograd" (the
-    same network with a quarter of the multiplications, equal to about 1e-5) or "auto", the faster one; threads per
-    session, default one per core. torch only: decode_slice, images that the decoder takes at a time, for cards with
-    little memory; compile_decoder, run it through torch.compile.
+    same network with a quarter of the multiplications, equal to about 1e-5) or "auto", the faster one; threads, by
+    default one per core that affinity and control group leave to this process; memory_limit, bytes that the process
+    should stay within, by default what is free when a request starts (see `Pipeline.generate`). Several processes on
+    one machine: give each its own cores and as many threads (`taskset -c 0-3` and threads=4). torch only:
+    decode_slice, images that the decoder takes at a time, for cards with little memory; compile_decoder, run it through
+    torch.compile.
     cache: onnx only; keep weights in the form that this machine computes with in `~/.cache/var-deploy` (see
     `prepared`), which makes later starts faster and lets processes share the pages; it takes about twice the bundle's
     size on disk. Raises BundleError and EngineError.
@@ -63,11 +69,17 @@ def load(
         graphs=graphs,
         decoder=decoder,
         threads=threads,
-        prepared=PreparedCache(directory=default_directory(), verify_digests=verify_digests) if cache else None,
+        memory_limit=memory_limit,
+        prepared=default_cache(verify_digests=verify_digests) if cache else None,
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
     )
-    return Pipeline(bundle, engine_for(bundle, engine, device, options))
+    before = anonymous_size()
+    started = engine_for(bundle, engine, device, options)
+    if not isinstance(started, Planned):
+        return Pipeline(bundle, started)
+    held = max(0, (anonymous_size() or 0) - (before or 0))
+    return Pipeline(bundle, started, MemoryBudget(plan=started.memory_plan, limit=memory_limit, held=held))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +91,8 @@ class Preview:
     tokens_Bn: np.ndarray
     f_hat_BChh: np.ndarray
     _engine: Engine = field(repr=False)
+    #: Position in the request of the first image that it covers: 0, but for the later parts of a batch that was split.
+    first: int = 0
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -113,9 +127,11 @@ class Generation:
 class Pipeline:
     """A loaded bundle. Requests may run side by side from several threads."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, budget: MemoryBudget | None = None) -> None:
+        """budget: what a request may take; None runs every batch as a whole."""
         self.bundle = bundle
         self.engine = engine
+        self._budget = budget
         self._quantizer = Quantizer(bundle)
 
     def generate(
@@ -140,28 +156,54 @@ class Pipeline:
         0 runs half the rows, as do all scales after the last whose strength is not 0. temperature divides the mixed
         logits. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes
         instead of taking the drawn one. on_scale: called after every scale. Raises RequestError.
+
+        On a CPU a batch whose memory plan exceeds what is free (or `memory_limit`) runs in equal parts one after the
+        other, with the same images; `timings` are summed, and a Preview is of one part and says which. Requests that
+        run side by side are planned each for itself. Raises EngineError where not even one image fits.
         """
         labels_B = request.label_ids(labels, self.bundle.manifest)
         seed_list = request.seed_list(seeds, len(labels_B))
         settings = request.settings(self.bundle.manifest, guidance, top_k, top_p, smooth, temperature)
-        config, codebook_VC, B = self.bundle.manifest.var, self._quantizer.codebook_VC, len(labels_B)
-
-        def preview(k: int, tokens_Bn: np.ndarray, f_hat_BChh: np.ndarray) -> None:
-            assert on_scale is not None
-            on_scale(Preview(k, config.num_scales, tokens_Bn, f_hat_BChh, self.engine))
-
         if isinstance(self.engine, DeviceLoop):
-            done = self.engine.generate(labels_B, seed_list, settings, preview if on_scale else None)
+            listener = None if on_scale is None else partial(self._preview, on_scale, 0)
+            done = self.engine.generate(labels_B, seed_list, settings, listener)
             return Generation(done.tokens, done.timings, done.pixels, done.bytes_BRR3)
 
-        rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided_scales else labels_B
+        guided, sizes = settings.guided_scales > 0, [len(labels_B)]
+        if self._budget is not None:
+            sizes = self._budget.chunks(len(labels_B), guided)
         timings: dict[str, float] = {}
+        tokens: list[list[np.ndarray]] = []
+        pixels: list[np.ndarray] = []
+        for first, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
+            part = slice(first, first + size)
+            tokens_Kn, pixels_B3RR = self._run(labels_B[part], seed_list[part], settings, first, timings, on_scale)
+            tokens.append(tokens_Kn)
+            pixels.append(pixels_B3RR)
+        joined_B3RR = np.concatenate(pixels)
+        return Generation([np.concatenate(scale) for scale in zip(*tokens, strict=True)], timings, lambda: joined_B3RR)
+
+    def _run(
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: sampling.Settings,
+        first: int,
+        timings: dict[str, float],
+        on_scale: Callable[[Preview], None] | None,
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The loop for images that run at the same time: tokens by scale, and pixels [B, 3, R, R].
+
+        first: position in the request of the first of them. Seconds are added to `timings`.
+        """
+        config, codebook_VC, B = self.bundle.manifest.var, self._quantizer.codebook_VC, len(labels_B)
+        rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided_scales else labels_B
         tokens: list[np.ndarray] = []
         codes_BnC: np.ndarray | None = None
 
         def report(f_hat_RChh: np.ndarray) -> None:
             if on_scale is not None and tokens:
-                preview(len(tokens) - 1, tokens[-1], f_hat_RChh[:B].copy())
+                self._preview(on_scale, first, len(tokens) - 1, tokens[-1], f_hat_RChh[:B].copy())
 
         with _timed(timings, "condition"):
             state = self.engine.begin(rows_R)
@@ -174,15 +216,28 @@ class Pipeline:
             report(state.f_hat_RChh)  # f_hat now holds the scale before this one
             with _timed(timings, "draw"):
                 begin = config.span(k)[0]
-                tokens_Bn, codes_BnC = sampling.draw_scale(logits_RnV, k, begin, seed_list, settings, codebook_VC)
+                drawn = sampling.draw_scale(logits_RnV, k, begin, seeds, settings, codebook_VC, first_image=first)
+                tokens_Bn, codes_BnC = drawn
+            del logits_RnV  # before the next scale's are allocated
             tokens.append(tokens_Bn)
         assert codes_BnC is not None  # there are at least two scales
         with _timed(timings, "finish"):
             f_hat_BChh = self.engine.finish(state, codes_BnC)
+        del state  # the caches, before the decoder takes as much again
         report(f_hat_BChh)
         with _timed(timings, "decode"):
-            pixels = self.engine.decode(f_hat_BChh)
-        return Generation(tokens, timings, lambda: pixels)
+            pixels_B3RR = self.engine.decode(f_hat_BChh)
+        return tokens, pixels_B3RR
+
+    def _preview(
+        self,
+        on_scale: Callable[[Preview], None],
+        first: int,
+        k: int,
+        tokens_Bn: np.ndarray,
+        f_hat_BChh: np.ndarray,
+    ) -> None:
+        on_scale(Preview(k, self.bundle.manifest.var.num_scales, tokens_Bn, f_hat_BChh, self.engine, first))
 
     def encode(self, images: Sequence[Image.Image] | np.ndarray) -> list[np.ndarray]:
         """Token pyramid of images: K arrays int64 [B, n_k].

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,8 +52,7 @@ class PreparedCache:
             problem = self._problem(path)
             if problem is None:
                 return path
-            log.warning("%s: %s; making it again", path, problem)
-            shutil.rmtree(path, ignore_errors=True)
+            self.discard(path, problem)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -64,6 +64,11 @@ class PreparedCache:
         except (OSError, SafetensorError, VarDeployError) as error:  # a full disk comes as any of them
             log.warning("%s: cannot be kept (%s)", path, getattr(error, "strerror", None) or error)
             return None
+
+    def discard(self, path: Path, problem: object) -> None:
+        """Removes an entry that cannot be used and says so; the next start makes it again."""
+        log.warning("%s: %s; making it again", path, problem)
+        shutil.rmtree(path, ignore_errors=True)
 
     def _made(self, path: Path, make: Callable[[Path], object]) -> Path | None:
         log.info("%s: preparing weights for this machine, once", path)
@@ -99,14 +104,18 @@ class PreparedCache:
     def _sweep(self) -> None:
         """Removes what a process that died has left."""
         for left in self.directory.glob(".*-*"):
-            if time.time() - left.stat().st_mtime > STALE:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):  # renamed by its process meanwhile
+                if time.time() - left.stat().st_mtime > STALE:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def entries(directory: Path) -> dict[str, int]:
     """Bytes of every entry, unfinished ones too."""
-    found = sorted(path for path in directory.glob("*") if path.is_dir()) if directory.is_dir() else []
-    return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in found}
+    found = {}
+    for path in sorted(path for path in directory.glob("*") if path.is_dir()):
+        with suppress(FileNotFoundError):  # gone meanwhile
+            found[path.name] = sum(file.stat().st_size for file in path.iterdir())
+    return found
 
 
 def remove_entries(directory: Path) -> None:
@@ -114,20 +123,30 @@ def remove_entries(directory: Path) -> None:
     for name in entries(directory):
         try:
             shutil.rmtree(directory / name)
+        except FileNotFoundError:
+            continue
         except OSError as error:
             raise RequestError(
                 f"{directory / name}: cannot be deleted ({error.strerror}); delete it by hand"
             ) from error
 
 
-def default_directory() -> Path:
-    """By the XDG Base Directory specification: $XDG_CACHE_HOME where it is an absolute path, else ~/.cache."""
+def default_directory() -> Path | None:
+    """By the XDG Base Directory specification: $XDG_CACHE_HOME where it is an absolute path, else ~/.cache.
+
+    None for a user without a home: nothing is read from where others may write.
+    """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        base = given if given.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # no home: kept nowhere that outlives the machine's temporary files
-        base = Path(tempfile.gettempdir())
-    return base / "var-deploy"
+        return (given if given.is_absolute() else Path.home() / ".cache") / "var-deploy"
+    except RuntimeError:
+        return None
+
+
+def default_cache(*, verify_digests: bool) -> PreparedCache | None:
+    """The cache in the default directory, if there is one."""
+    directory = default_directory()
+    return None if directory is None else PreparedCache(directory=directory, verify_digests=verify_digests)
 
 
 def processor() -> str:

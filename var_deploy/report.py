@@ -21,15 +21,27 @@ def inspection(data: dict[str, Any]) -> None:
     else:
         _bundle_parts(console, data)
     if "memory" in data:
-        columns = ("batch", "rows", "weights", "caches", "logits", "activations (estimate)", "total")
-        table = Table(*columns, title="onnx engine: memory while generating (MB)")
+        columns = ("batch", "rows", "weights", "caches", "logits", "acts*", "rest*", "total")
+        title = "onnx engine: memory while generating (MB; * estimates: activations, and the rest of the process)"
+        table = Table(*columns, title=title)
+        here = "images_at_once" in data["memory"][0]
+        if here:
+            table.add_column("runs here")
         for plan in data["memory"]:
-            sizes = (plan[part] for part in ("weights", "caches", "logits", "activations", "total"))
-            table.add_row(str(plan["batch"]), str(plan["rows"]), *(_mega(size) for size in sizes))
+            sizes = (plan[part] for part in ("weights", "caches", "logits", "activations", "process", "total"))
+            cells = [_runs(plan["batch"], plan["images_at_once"])] if here else []
+            table.add_row(str(plan["batch"]), str(plan["rows"]), *(f"{size / 1e6:,.0f}" for size in sizes), *cells)
         console.print(table)
 
     if "torch" in data:
         _torch_plan(console, data["torch"])
+
+
+def _runs(batch: int, at_once: int) -> str:
+    """How a batch runs in the memory that is free here."""
+    if at_once == 0:
+        return "not at all"
+    return "whole" if at_once >= batch else f"{-(-batch // at_once)} parts"
 
 
 def _torch_plan(console: Console, plan: dict[str, Any]) -> None:
@@ -86,8 +98,10 @@ def _fidelity(found: dict[str, Any] | None) -> str:
         ("decoder_ssim", "SSIM {:.4f}"),
     )
     parts += [form.format(found[key]) for key, form in measures if isinstance(found.get(key), int | float)]
-    if isinstance(digits := found.get("digits"), dict):
-        parts.append(f"digits {digits['accuracy']:.1%}, of the reference's {digits['reference_accuracy']:.1%}")
+    digits = found.get("digits")
+    shares = [digits.get(key) for key in ("accuracy", "reference_accuracy")] if isinstance(digits, dict) else [None]
+    if all(isinstance(share, int | float) for share in shares):
+        parts.append("digits {:.1%}, of the reference's {:.1%}".format(*shares))
     return ", ".join(parts)
 
 

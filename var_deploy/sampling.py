@@ -36,12 +36,19 @@ class Settings:
 
 
 def draw_scale(
-    logits_RnV: np.ndarray, k: int, begin: int, seeds: list[int], settings: Settings, codebook_VC: np.ndarray
+    logits_RnV: np.ndarray,
+    k: int,
+    begin: int,
+    seeds: list[int],
+    settings: Settings,
+    codebook_VC: np.ndarray,
+    *,
+    first_image: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int64 [B, n] and codes float32 [B, n, C] of scale k, whose first position is `begin`.
 
     `logits_RnV` has the conditioned rows first, then, at a guided scale, the null-class rows. Raises EngineError for
-    logits from which nothing can be drawn.
+    logits from which nothing can be drawn; it counts images from `first_image`.
     """
     B, n, V = len(seeds), logits_RnV.shape[1], logits_RnV.shape[2]
     tokens_Bn = np.empty((B, n), dtype=np.int64)
@@ -53,7 +60,7 @@ def draw_scale(
             logits_nV = (1 + t) * logits_nV - t * logits_RnV[B + image]
         logits_nV = logits_nV / temperature
         if not np.isfinite(logits_nV).all():
-            raise invalid_logits(k, image)
+            raise invalid_logits(k, first_image + image)
         kept_nV = logits_nV >= kept_threshold(logits_nV, settings.top_k, settings.top_p)
         tokens_Bn[image] = invert_cdf(logits_nV, kept_nV, philox.uniforms(seed, begin, begin + n))
         if settings.smooth:

@@ -15,6 +15,7 @@ import torch
 
 import var_deploy
 from var_deploy.bundle import Bundle
+from var_deploy.cpus import UsableCpus
 from var_deploy.engines import EngineOptions, choice, engine_for
 from var_deploy.engines import onnx as onnx_module
 from var_deploy.engines.torch import engine as torch_module
@@ -123,6 +124,12 @@ def _without(monkeypatch: pytest.MonkeyPatch, library: str, *ours: str) -> None:
             {"decode_slice": 0},
             "decode_slice: got 0, expected at least 1, or none for all images at once",
         ),
+        (
+            "onnx",
+            "auto",
+            {"memory_limit": 0},
+            "memory_limit: got 0, expected at least 1, or none for what is free",
+        ),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(refused, engine, device, options, message):
@@ -144,6 +151,7 @@ def test_an_unknown_choice_lists_the_known_ones(refused, engine, device, options
             "engine 'onnx' has no option decode_slice, compile_decoder; leave it out",
         ),
         ("torch", "cpu", {"threads": 1}, "engine 'torch' has no option threads; leave it out"),
+        ("torch", "cpu", {"memory_limit": 9}, "engine 'torch' has no option memory_limit; leave it out"),
         ("torch", "cpu", {"graphs": "static"}, "engine 'torch' has no option graphs; leave it out"),
         (
             "torch",
@@ -183,7 +191,7 @@ def test_an_option_that_would_not_be_followed_is_refused(refused, engine, device
 @pytest.mark.parametrize(
     ("engine", "options"),
     [
-        ("onnx", {"precision": "fp32", "graphs": "static", "threads": 2}),
+        ("onnx", {"precision": "fp32", "graphs": "static", "threads": 1}),
         ("torch", {"precision": "fp32", "graphs": "symbolic", "decode_slice": 2, "compile_decoder": True}),
         ("auto", {"precision": "fp32", "threads": 1}),
     ],
@@ -193,6 +201,47 @@ def test_options_of_the_engine_itself_are_followed(taken, engine, options):
     expected = {"onnx": ("graphs", "threads"), "torch": ("precision", "decode_slice", "compile_decoder")}
     for name in expected[started["engine"]]:
         assert started[name] == options.get(name, EngineOptions.__dataclass_fields__[name].default)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "threads", "said"),
+    [
+        (UsableCpus(cpus=8, cores=4, quota=None), None, 4, "threads 4 (4 cores of 8 CPUs: a core's second thread"),
+        (UsableCpus(cpus=8, cores=4, quota=None), 8, 8, "threads 8 (asked for)"),
+        (UsableCpus(cpus=8, cores=4, quota=2.5), None, 2, "threads 2 (the control group allows 2.5 of 8 CPUs)"),
+        (UsableCpus(cpus=8, cores=4, quota=2.5), 1, 1, "threads 1 (asked for)"),
+    ],
+)
+def test_threads_are_those_that_can_run_or_fewer(taken, monkeypatch, caplog, found, asked, threads, said):
+    monkeypatch.setattr(choice, "usable_cpus", lambda: found)
+    with caplog.at_level("INFO", logger="var_deploy"):
+        assert taken("onnx", "cpu", threads=asked)["threads"] == threads
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "message"),
+    [
+        (
+            UsableCpus(cpus=8, cores=4, quota=None),
+            9,
+            "threads: got 9, this process may use 8 (8 CPUs by affinity); more would wait for each other, so give at "
+            "most 8, or none for 4",
+        ),
+        (
+            UsableCpus(cpus=8, cores=8, quota=0.5),
+            2,
+            "threads: got 2, this process may use 1 (the control group allows 0.5 of 8 CPUs); more would wait for each "
+            "other, so give at most 1, or none for 1",
+        ),
+    ],
+)
+def test_more_threads_than_can_run_are_refused(refused, monkeypatch, found, asked, message):
+    monkeypatch.setattr(choice, "usable_cpus", lambda: found)
+    assert refused("onnx", "cpu", threads=asked) == message
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_plan_that_needs_a_bundle_is_refused_for_a_checkpoint(tiny_pair, optio
 
 def test_inspect_of_a_bundle_for_people(tiny_bundle):
     said = _succeed("inspect", tiny_bundle)
-    for word in ("patch_nums", "weights.safetensors", "caches", "not stated"):
+    for word in ("patch_nums", "weights.safetensors", "caches", "not stated", "runs here", "whole"):
         assert word in said
 
 
@@ -155,12 +155,14 @@ def test_generate_one_picture_equals_python(tiny_bundle, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["three.png"]
 
 
-def test_generate_a_grid_and_an_animation_of_its_scales(tiny_bundle, tmp_path):
+@pytest.mark.parametrize(("graphs", "images_at_once"), [("static", 3), ("symbolic", 2)])
+def test_generate_a_grid_and_an_animation_of_its_scales(tiny_bundle, tmp_path, graphs, images_at_once):
     out, gif = tmp_path / "grid.png", tmp_path / "steps.gif"
     classes = ["--class", 3, "--class", 7, "--class", 0]
-    options = ["--guidance", "0,0.5,1,2.5", "--top-k", 60, "--top-p", 0.9, "--graphs", "static", "--threads", 1]
+    options = ["--guidance", "0,0.5,1,2.5", "--top-k", 60, "--top-p", 0.9, "--graphs", graphs, "--threads", 1]
+    pipe = var_deploy.load(tiny_bundle, graphs=graphs, threads=1)
+    options += ["--memory-limit", f"{pipe.engine.memory_plan(images_at_once, True).total / 1e3}K"]
     _succeed("generate", tiny_bundle, *classes, "--seed", 5, *options, "--out", out, "--steps-gif", gif)
-    pipe = var_deploy.load(tiny_bundle, graphs="static", threads=1)
     expected = pipe.generate([3, 7, 0], seeds=5, guidance=[0, 0.5, 1, 2.5], top_k=60, top_p=0.9).images
     np.testing.assert_array_equal(_pixels(out), np.asarray(image_grid(expected)))
     with Image.open(gif) as animation:
@@ -205,6 +207,9 @@ def test_the_torch_engine_writes_the_picture_of_the_onnx_engine(tiny_bundle, tmp
         (["--engine", "onnx", "--compile-decoder"], "engine 'onnx' has no option compile_decoder; leave it out"),
         (["--engine", "onnx", "--decode-slice", 2], "engine 'onnx' has no option decode_slice; leave it out"),
         (["--engine", "torch", "--threads", 2], "engine 'torch' has no option threads; leave it out"),
+        (["--engine", "onnx", "--threads", 99999], "threads: got 99999, this process may use "),
+        (["--engine", "onnx", "--memory-limit", "2 GBs"], "memory limit: got '2 GBs', expected megabytes or a size"),
+        (["--engine", "onnx", "--memory-limit", 7], "7 MB are allowed by memory_limit; raise memory_limit, set gui"),
         (["--engine", "onnx", "--temperature", 0], "temperature: got 0.0, expected a number from 0.001 to 1000"),
         (["--engine", "onnx", "--temperature", "nan"], "temperature: got nan, expected a number from 0.001 to 1000"),
     ],

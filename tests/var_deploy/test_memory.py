@@ -27,7 +27,8 @@ def test_exact_parts_of_the_plan_of_d16():
     assert plan.caches == 2 * 16 * 6 * 16 * 680 * 64 * 4 == 534_773_760
     # 6 rows × 256 tokens of the last scale × 4096 codes × 4 bytes
     assert plan.logits == 6 * 256 * 4096 * 4 == 25_165_824
-    assert plan.total == plan.weights + plan.caches + plan.logits + plan.activations
+    assert plan.request == plan.caches + plan.logits + plan.activations
+    assert plan.total == plan.weights + plan.request + plan.process
 
 
 def test_without_guidance_there_are_half_the_rows():

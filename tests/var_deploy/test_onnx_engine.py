@@ -14,7 +14,8 @@ import onnxruntime as ort
 import pytest
 
 import var_deploy
-from var_deploy.engines import Graphs
+from var_deploy.cpus import UsableCpus
+from var_deploy.engines import Graphs, choice
 from var_deploy.engines.onnx import OnnxEngine
 from var_deploy.errors import EngineError
 
@@ -243,8 +244,9 @@ def _load_all(bundle: Path) -> None:
     engine.encode(np.zeros((1, 3, 64, 64), np.float32))
 
 
-def test_threads_rest_once_a_request_is_answered(tiny_bundle):
+def test_threads_rest_once_a_request_is_answered(tiny_bundle, monkeypatch):
     """Threads that wait at full load take time from the next session and from everything else."""
+    monkeypatch.setattr(choice, "usable_cpus", lambda: UsableCpus(cpus=4, cores=4, quota=None))
     pipe = var_deploy.load(tiny_bundle, engine="onnx", threads=4)
     pipe.generate([1], seeds=0)
     resting = []

@@ -16,6 +16,7 @@ import var_deploy
 from golden import golden_config, rule_state_dicts
 from var_deploy import philox
 from var_deploy.errors import EngineError, RequestError
+from var_deploy.memory_budget import MemoryBudget
 from var_deploy.pipeline import Generation, Pipeline, Preview
 from var_deploy.sampling import Settings, draw_scale
 from var_train import VAR, VQVAE, generate
@@ -312,6 +313,70 @@ def test_an_error_in_the_callback_reaches_the_caller_and_leaves_the_pipeline_usa
     with pytest.raises(KeyboardInterrupt):
         pipe.generate([2], seeds=7, on_scale=fail)
     np.testing.assert_array_equal(pipe.generate([2], seeds=7).pixels, expected)
+
+
+# ---- batches that do not fit -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tight(wide: Pipeline) -> Pipeline:
+    """`wide` with memory for two guided or four other images at a time."""
+    plan = wide.engine.memory_plan
+    return Pipeline(wide.bundle, wide.engine, MemoryBudget(plan=plan, limit=plan(2, True).total))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        (SETTINGS, [2, 4, 4]),
+        ({**SETTINGS, "guidance": 0}, [2, 3]),
+        ({**SETTINGS, "smooth": True}, [2, 4, 4]),
+    ],
+    ids=["guided", "unguided", "smooth"],
+)
+def test_a_batch_in_parts_is_the_whole_batch_bit_for_bit(wide, tight, monkeypatch, settings, rows):
+    seen: list[int] = []
+    begin = wide.engine.begin
+    whole = wide.generate(BATCH[:5], seeds=SEEDS[:5], **settings)
+    monkeypatch.setattr(wide.engine, "begin", lambda labels_R: seen.append(len(labels_R)) or begin(labels_R))
+    parts = tight.generate(BATCH[:5], seeds=SEEDS[:5], **settings)
+    assert seen == rows
+    for ours, theirs in zip(parts.tokens, whole.tokens, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(parts.pixels, whole.pixels)
+    assert len(parts.images) == 5
+    assert list(parts.timings) == list(whole.timings)
+
+
+def test_previews_of_a_batch_in_parts_say_which_images_they_show(tight):
+    previews: list[Preview] = []
+    out = tight.generate(BATCH[:5], seeds=SEEDS[:5], on_scale=previews.append, **SETTINGS)
+    assert [(preview.first, preview.scale) for preview in previews] == [(i, k) for i in (0, 1, 3) for k in range(5)]
+    for preview in previews:
+        shown = slice(preview.first, preview.first + len(preview.tokens_Bn))
+        np.testing.assert_array_equal(preview.tokens_Bn, out.tokens[preview.scale][shown])
+    last = [image for preview in previews if preview.scale == 4 for image in preview.images]
+    for image, expected in zip(last, out.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_an_error_counts_images_over_all_parts(tight, monkeypatch):
+    step = tight.engine.step
+
+    def spoil(state: Any, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
+        logits_RnV = step(state, k, codes_RnC)
+        if len(logits_RnV) == 4:  # from the second part on
+            logits_RnV[1, 0, 0] = np.nan
+        return logits_RnV
+
+    monkeypatch.setattr(tight.engine, "step", spoil)
+    with pytest.raises(EngineError, match=r"^scale 0: logits of image 2 hold NaN or infinity; "):
+        tight.generate(BATCH[:5], **SETTINGS)
+
+
+def test_a_memory_limit_is_kept_from_loading_on(tiny_bundle):
+    with pytest.raises(EngineError, match=r"^one image needs \d+ MB .*, 1 MB are allowed by memory_limit; raise "):
+        var_deploy.load(tiny_bundle, engine="onnx", threads=1, memory_limit=10**6).generate([1])
 
 
 # ---- class names -----------------------------------------------------------------------------------------------------

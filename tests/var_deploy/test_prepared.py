@@ -19,7 +19,15 @@ import var_deploy
 from var_deploy import prepared
 from var_deploy.engines import onnx as onnx_engine
 from var_deploy.errors import EngineError, RequestError
-from var_deploy.prepared import SEALS, PreparedCache, default_directory, entries, processor, remove_entries
+from var_deploy.prepared import (
+    SEALS,
+    PreparedCache,
+    default_cache,
+    default_directory,
+    entries,
+    processor,
+    remove_entries,
+)
 
 
 def write(directory: Path) -> None:
@@ -163,6 +171,18 @@ class TestEngine:
         np.testing.assert_array_equal(var_deploy.load(tiny_bundle, decoder="winograd").generate([0]).pixels, expected)
         assert caplog.text.count("making it again") == 2
 
+    @pytest.mark.parametrize("kind", ["scales", "decoder"])
+    def test_what_cannot_be_opened_is_dropped(self, tiny_bundle, kind, caplog):
+        """Without digests damage shows only when the file is opened."""
+        expected = var_deploy.load(tiny_bundle, decoder="winograd").generate([0]).pixels
+        (name,) = [name for name in entries(default_directory()) if name.startswith(kind)]
+        file = default_directory() / name / {"scales": "scales.onnx", "decoder": "decoder.safetensors"}[kind]
+        file.write_bytes(b"\xff" * file.stat().st_size)
+        pipe = var_deploy.load(tiny_bundle, decoder="winograd", verify_digests=False)
+        np.testing.assert_array_equal(pipe.generate([0]).pixels, expected)
+        assert caplog.text.count("making it again") == 1
+        assert name not in entries(default_directory())
+
     def test_small_bundles_are_not_kept(self, tiny_bundle, monkeypatch):
         monkeypatch.setattr(onnx_engine, "MIN_PREPARED", 1 << 40)
         var_deploy.load(tiny_bundle)
@@ -193,6 +213,18 @@ def test_directory(variables, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert default_directory() == Path(expected)
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch, tiny_bundle):
+    def fail() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(prepared.Path, "home", fail)
+    assert default_directory() is None
+    assert default_cache(verify_digests=True) is None
+    monkeypatch.setattr(onnx_engine, "MIN_PREPARED", 0)
+    assert len(var_deploy.load(tiny_bundle).generate([0]).images) == 1
 
 
 def test_processor_is_known():

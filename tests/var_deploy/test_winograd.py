@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -179,13 +180,19 @@ def test_two_decoders_at_once_leave_the_matrix_library_as_it_was():
     def threads() -> list[int]:
         return [lib["num_threads"] for lib in ThreadpoolController().select(user_api="blas").info()]
 
+    def in_a_thread(work: Callable[[], object]) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
     before = threads()
     first, second = products.single_threaded(), products.single_threaded()
-    first.__enter__()
+    in_a_thread(first.__enter__)
+    assert set(threads()) == {1}
     second.__enter__()
     first.__exit__(None, None, None)
     assert set(threads()) == {1}
-    second.__exit__(None, None, None)
+    in_a_thread(lambda: second.__exit__(None, None, None))
     assert threads() == before
 
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bundle import WEIGHTS, Bundle
+from ..cpus import usable_cpus
 from ..errors import RequestError, VarDeployError, run_command
 from ..output_file import check_output, write_text
 from ..pipeline import load
@@ -204,7 +205,7 @@ def main(
     def said(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
-    run = CpuRun(found, json_file, threads=threads or len(os.sched_getaffinity(0)), guidance=guidance)
+    run = CpuRun(found, json_file, threads=threads or usable_cpus().threads, guidance=guidance)
     try:
         with _cache_beside(bundles[0]) as cache:
             if starts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ..bundle import Bundle
+from ..cpus import usable_cpus
 from ..errors import EngineError
 from ..precision import BUNDLE_PRECISIONS, Precision
 from ..prepared import PreparedCache
@@ -35,6 +36,7 @@ class EngineOptions:
     decoder: str = "auto"
     prepared: PreparedCache | None = None
     threads: int | None = None
+    memory_limit: int | None = None
     decode_slice: int | None = None
     compile_decoder: bool = False
 
@@ -56,6 +58,7 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
         raise EngineError(f"unknown decoder {options.decoder!r}; known: auto, {', '.join(Decoder)}")
     for name, value, default in (
         ("threads", options.threads, "one per core"),
+        ("memory_limit", options.memory_limit, "what is free"),
         ("decode_slice", options.decode_slice, "all images at once"),
     ):
         if value is not None and value < 1:
@@ -118,6 +121,7 @@ def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
     else:
         given = {
             "threads": options.threads,
+            "memory_limit": options.memory_limit,
             "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None,
             "decoder": options.decoder if options.decoder != "auto" else None,
         }
@@ -156,8 +160,30 @@ def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> E
     log.info("engine onnx on cpu (%s), %s graphs", reason, options.graphs)
     log.info("decoder %s (%s)", decoder, why)
     return OnnxEngine(
-        bundle, graphs=Graphs(options.graphs), decoder=decoder, threads=options.threads, prepared=options.prepared
+        bundle,
+        graphs=Graphs(options.graphs),
+        decoder=decoder,
+        threads=_threads(options.threads),
+        prepared=options.prepared,
     )
+
+
+def _threads(asked: int | None) -> int:
+    """Threads asked for, or one per core that this process may use."""
+    found = usable_cpus()
+    if asked is not None and asked > found.most:
+        raise EngineError(
+            f"threads: got {asked}, this process may use {found.most} ({found.limit}); more would wait for each other, "
+            f"so give at most {found.most}, or none for {found.threads}"
+        )
+    threads, reason = (found.threads, found.reason) if asked is None else (asked, "asked for")
+    log.info("threads %d (%s)", threads, reason)
+    return threads
+
+
+def default_decoder(bundle: Bundle) -> Decoder:
+    """The decoder that "auto" takes here."""
+    return _decoder(bundle, "auto")[0]
 
 
 def _decoder(bundle: Bundle, asked: str) -> tuple[Decoder, str]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..memory import MemoryPlan
 from ..precision import Precision
 from ..sampling import Settings
 
@@ -68,6 +69,15 @@ class Engine(Protocol):
 
     def encode(self, pixels_B3RR: np.ndarray) -> np.ndarray:
         """Feature map [B, C, h, h], not yet quantised."""
+        ...
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """An engine that says beforehand what a request takes, so that a batch can be split to fit."""
+
+    def memory_plan(self, batch: int, guided: bool) -> MemoryPlan:
+        """Bytes while a batch of images is generated."""
         ...
 
 

@@ -10,7 +10,6 @@ The decoder is the bundle's graph, or the same network with fewer multiplication
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ import onnxruntime as ort
 
 from ..bundle import WEIGHTS, Bundle, FileSeal
 from ..config import HEAD_DIM
+from ..cpus import usable_cpus
 from ..errors import EngineError
+from ..memory_budget import onnx_plan
 from ..precision import Precision
 from ..prepared import PreparedCache
 from ..signature import cache_names, scale_graph_name
@@ -67,13 +68,22 @@ class OnnxEngine:
         prepared: PreparedCache | None = None,
         profile: Path | None = None,
     ) -> None:
-        """prepared: where weights in this machine's form are kept between runs; None keeps nothing.
+        """threads: of every session and of the winograd decoder; None takes those of `usable_cpus`.
 
+        prepared: where weights in this machine's form are kept between runs; None keeps nothing.
         profile: a directory where every session writes the times of its operators, GRAPH_….json, when it ends.
         """
         self.precision: Precision = bundle.manifest.precision
         self._bundle = bundle
-        self._threads = threads
+        self.threads = threads or usable_cpus().threads
+        self.memory_plan = onnx_plan(bundle, decoder, self.threads)
+        # Without this a session keeps the most that it ever needed, fragments included. With d16 and the decoder's
+        # graph at batch 1 the peak is 2,063 MB instead of 2,319 and 1,852 stay instead of 2,319; it costs 1 % of the
+        # transformer's time and 4 % of that decoder's. No arena alone: 2,187 MB; no memory patterns alone: 2,145 MB;
+        # neither: 2,012 MB, but a decoder slower by a third. An allocator shared by the sessions: 2,248 MB; a device
+        # allocator for weights: no change.
+        self._releasing = ort.RunOptions()
+        self._releasing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._profile = profile
         self._prepared = prepared if self._seal(WEIGHTS).size >= MIN_PREPARED else None
         self._symbolic = graphs is Graphs.SYMBOLIC
@@ -95,9 +105,11 @@ class OnnxEngine:
         labels_R = np.resize(labels_R.astype(np.int64), max(R, MIN_ROWS))
         names = [spec.name for spec in self._bundle.manifest.graphs["condition"].outputs]
         with _named_errors("condition"):
-            values = self._condition.run(names, {"labels": labels_R})
+            values = self._condition.run(names, {"labels": labels_R}, self._releasing)
         cache_shape = (len(labels_R), config.num_heads, config.num_tokens, HEAD_DIM)
-        caches = {name: np.empty(cache_shape, dtype=self.precision.graph_dtype) for name in cache_names(config.depth)}
+        # One block, which goes back to the system when the state ends; smaller ones would stay with the allocator.
+        block = np.empty((2 * config.depth, *cache_shape), dtype=self.precision.graph_dtype)
+        caches = dict(zip(cache_names(config.depth), block, strict=True))
         f_hat_shape = (len(labels_R), config.z_channels, config.latent_size, config.latent_size)
         f_hat = [np.zeros(f_hat_shape, dtype=np.float32) for _ in range(2)]
         return OnnxState(R, dict(zip(names, values, strict=True)), caches, f_hat)
@@ -129,15 +141,13 @@ class OnnxEngine:
         for tensor in spec.outputs:
             binding.bind_ortvalue_output(tensor.name, values[tensor.name])
         with _named_errors(f"scale {k}, {rows} rows"):
-            self._scales[k].run_with_iobinding(binding)
+            self._scales[k].run_with_iobinding(binding, self._releasing)
         if any(tensor.name == "f_hat.out" for tensor in spec.outputs):
             state.turn = 1 - state.turn
         return logits_RnV[: state.rows]
 
     def finish(self, state: OnnxState, codes_BnC: np.ndarray) -> np.ndarray:
-        f_hat_BChh = state.f_hat_RChh[: len(codes_BnC)]
-        with _named_errors("finish"):
-            return self._finish.run(None, {"codes": codes_BnC, "f_hat": f_hat_BChh})[0]
+        return self._one_by_one(self._finish, "finish", codes=codes_BnC, f_hat=state.f_hat_RChh[: len(codes_BnC)])
 
     def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
         return self._decode(f_hat_BChh)
@@ -146,23 +156,28 @@ class OnnxEngine:
         with self._encoder_lock:
             if self._encoder is None:
                 self._encoder = self._session("encoder")
-        return _one_by_one(self._encoder, "encoder", "pixels", pixels_B3RR)
+        return self._one_by_one(self._encoder, "encoder", pixels=pixels_B3RR)
+
+    def _one_by_one(self, session: ort.InferenceSession, graph: str, **batch: np.ndarray) -> np.ndarray:
+        """Runs a convolutional graph image by image: sums do not depend on the batch, and activations take least.
+
+        On a CPU a batch is no faster.
+        """
+        images = zip(*batch.values(), strict=True)
+        feeds = ({name: array[None] for name, array in zip(batch, image, strict=True)} for image in images)
+        with _named_errors(graph):
+            return np.concatenate([session.run(None, feed, self._releasing)[0] for feed in feeds])
 
     def _decoder(self, decoder: Decoder) -> Callable[[np.ndarray], np.ndarray]:
         """f_hat [B, C, h, h] → pixels [B, 3, R, R]."""
         if decoder is Decoder.GRAPH:
             session = self._session("decoder")
-            return lambda f_hat_BChh: _one_by_one(session, "decoder", "f_hat", f_hat_BChh)
+            return lambda f_hat_BChh: self._one_by_one(session, "decoder", f_hat=f_hat_BChh)
         from .winograd.decoder import WinogradDecoder  # brings a compiler, which takes half a second
 
-        threads = self._threads or len(os.sched_getaffinity(0))
-        cache, seal = self._prepared, self._seal(WEIGHTS)
-        made_from = ["1", seal.sha256]  # the form's version: count up when `transformed` changes
+        weights = self._bundle.file(WEIGHTS)
         return WinogradDecoder(
-            self._bundle.manifest.vqvae,
-            self._bundle.file(WEIGHTS),
-            threads,
-            None if cache is None else lambda make: cache.entry("decoder", made_from, seal.size, make),
+            self._bundle.manifest.vqvae, weights, self.threads, self._prepared, self._seal(WEIGHTS).sha256
         )
 
     def _packed_scales(self) -> ort.InferenceSession:
@@ -178,10 +193,13 @@ class OnnxEngine:
                 2 * weights.size,  # matrices as they are beside the packed ones
                 lambda into: made.append(self._session("scales", save_to=into / graph)),
             )
-            if directory is not None and not made:
-                return self._session("scales", path=directory / graph)
             if made:
                 return made[0]
+            if directory is not None:
+                try:
+                    return self._session("scales", path=directory / graph)
+                except EngineError as error:  # deleted meanwhile, or damaged where digests are not compared
+                    self._prepared.discard(directory, error)
         return self._session("scales")
 
     def _seal(self, file: str) -> FileSeal:
@@ -192,10 +210,14 @@ class OnnxEngine:
     ) -> ort.InferenceSession:
         """A session of a graph of the bundle, or of the file that an earlier one was saved to as it is run."""
         options = ort.SessionOptions()
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        # Every session has threads of its own, which by default wait for work at full load for a tenth of a second:
-        # in the way of the next session, of the draws, and of whatever else the process does.
+        # By default ONNX Runtime counts the machine's cores and pins a thread to each, even to those that affinity
+        # keeps this process from. With a number of our own threads are not pinned: pinned ones were no faster within
+        # noise (2 cores), and processes that pin to the same cores share those while others rest.
+        options.intra_op_num_threads = self.threads
+        # Every session has threads of its own: one pool for all (`set_global_thread_pool_sizes`) would be the whole
+        # process's, and ONNX Runtime then refuses every session of other code that does not ask for it. By default
+        # threads wait for work at full load for a tenth of a second: in the way of the next session, of the draws, and
+        # of whatever else the process does.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -231,9 +253,3 @@ def _named_errors(what: str) -> Iterator[None]:
 def _ort_value(array: np.ndarray) -> Any:
     """An OrtValue over the array's own memory."""
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _one_by_one(session: ort.InferenceSession, graph: str, name: str, batch: np.ndarray) -> np.ndarray:
-    """Runs a convolutional graph image by image: on a CPU a batch is no faster, and activations are the memory peak."""
-    with _named_errors(graph):
-        return np.concatenate([session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))])

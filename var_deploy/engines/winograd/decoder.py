@@ -6,7 +6,6 @@ and leaves the sums that the next GroupNorm needs, so a map is written once and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -14,7 +13,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ...config import GROUPS, VQVAEConfig
+from ...errors import BundleError
 from ...mapped_weights import mapped_weights
+from ...prepared import PreparedCache
 from .convolution import Convolution, Doubled, Normed, Residual, transformed
 from .deep_level import NORM_EPS, DeepLevel
 from .workers import Workers, products
@@ -22,26 +23,26 @@ from .workers import Workers, products
 #: File of the transformed weights.
 KEPT = "decoder.safetensors"
 
-#: Fills a directory.
-Make = Callable[[Path], object]
+#: Of the transformed weights: count up when `transformed` changes.
+FORM = "1"
 
 
 class WinogradDecoder:
     """The decoder of one bundle; one image after the other, each with all workers."""
 
     def __init__(
-        self, vqvae: VQVAEConfig, weights_file: Path, threads: int, kept: Callable[[Make], Path | None] | None = None
+        self, vqvae: VQVAEConfig, weights_file: Path, threads: int, cache: PreparedCache | None = None, sha256: str = ""
     ) -> None:
-        """weights_file: of the bundle; the deepest level's weights are used in place.
+        """weights_file: of the bundle, with its digest; the deepest level's weights are used in place.
 
-        kept(make) → a directory that make has filled, now or earlier, or None: where the transformed weights of the
-        finer levels are kept and mapped. Without it they are made here. Raises BundleError.
+        cache: where the transformed weights of the finer levels are kept and mapped. Without it they are made here.
+        Raises BundleError where one of those is missing or does not fit.
         """
         self._vqvae, self._weights = vqvae, mapped_weights(weights_file)
         self._widths = [vqvae.ch * m for m in vqvae.ch_mult]
         self._workers = Workers(threads)
         self._deep = DeepLevel(self._workers, self._weights, vqvae)
-        U_PCO = self._transformed_or_kept(weights_file, kept)
+        U_PCO = self._transformed_or_kept(weights_file, cache, sha256)
         self._convolutions = {name: Convolution(self._workers, U, self._bias(name)) for name, U in U_PCO.items()}
         self._slots = [np.empty(cells, dtype=np.float32) for cells in self._slot_sizes()]
         self._lock = Lock()  # the buffers are there once
@@ -51,33 +52,54 @@ class WinogradDecoder:
         with self._lock, products.single_threaded():  # the workers are the threads
             return np.stack([self._image(f_hat_Chh) for f_hat_Chh in np.asarray(f_hat_BChh, dtype=np.float32)])
 
-    def _finer_convolutions(self) -> Iterator[str]:
-        for level in reversed(range(len(self._widths) - 1)):
-            yield f"decoder.up.{level + 1}.upsample.conv"
+    def _finer_convolutions(self) -> dict[str, tuple[int, int]]:
+        """Name → outputs and inputs of every convolution above the deepest level, in the order they run."""
+        widths, found = self._widths, {}
+        for level in reversed(range(len(widths) - 1)):
+            below, width = widths[level + 1], widths[level]
+            found[f"decoder.up.{level + 1}.upsample.conv"] = below, below
             for j in range(self._vqvae.num_res_blocks + 1):
-                yield f"decoder.up.{level}.block.{j}.conv1"
-                yield f"decoder.up.{level}.block.{j}.conv2"
-        yield "decoder.conv_out"
+                found[f"decoder.up.{level}.block.{j}.conv1"] = width, (below if j == 0 else width)
+                found[f"decoder.up.{level}.block.{j}.conv2"] = width, width
+        found["decoder.conv_out"] = 3, widths[0]
+        return found
 
     def _transformed_or_kept(
-        self, weights_file: Path, kept: Callable[[Make], Path | None] | None
+        self, weights_file: Path, cache: PreparedCache | None, sha256: str
     ) -> dict[str, np.ndarray]:
+        if cache is None:
+            return self._transformed(weights_file)
         made: dict[str, np.ndarray] = {}
 
         def make(directory: Path) -> None:
             made.update(self._transformed(weights_file))
             save_file(made, directory / KEPT)
 
-        directory = None if kept is None else kept(make)
+        size = 4 * weights_file.stat().st_size  # 36 planes for 9 taps
+        directory = cache.entry("decoder", [FORM, sha256], size, make)
         if directory is not None and not made:
-            return mapped_weights(directory / KEPT)
+            try:
+                found = mapped_weights(directory / KEPT)
+                if found.keys() != self._finer_convolutions().keys():
+                    raise BundleError(f"{directory / KEPT}: holds other weights")
+                return found
+            except BundleError as error:  # deleted meanwhile, or damaged where digests are not compared
+                cache.discard(directory, error)
         return made or self._transformed(weights_file)
 
     def _transformed(self, weights_file: Path) -> dict[str, np.ndarray]:
         """U of every finer convolution."""
         # A mapping of its own: what is read once does not stay in this process.
-        once = mapped_weights(weights_file)
-        return {name: transformed(self._workers, once[f"{name}.weight"]) for name in self._finer_convolutions()}
+        once, found = mapped_weights(weights_file), {}
+        for name, shape_OC in self._finer_convolutions().items():
+            weight_OC33 = once.get(f"{name}.weight", np.empty(0))
+            if weight_OC33.shape != (*shape_OC, 3, 3) or weight_OC33.dtype != np.float32:
+                got = f"{weight_OC33.dtype} {weight_OC33.shape}" if weight_OC33.size else "none"
+                raise BundleError(
+                    f"{weights_file}: {name}.weight: got {got}, expected float32 {(*shape_OC, 3, 3)}; export it again"
+                )
+            found[name] = transformed(self._workers, weight_OC33)
+        return found
 
     def _bias(self, name: str) -> np.ndarray:
         """With that of the shortcut which the convolution's result is added to."""

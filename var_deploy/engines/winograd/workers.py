@@ -22,13 +22,16 @@ class _Products:
     def __init__(self) -> None:
         self._lock = Lock()
         self._running = 0
-        self._limiter: Any = None
+        self._before: list[tuple[Any, int]] = []  # libraries and their numbers of threads
 
     @contextmanager
     def single_threaded(self) -> Iterator[None]:
         with self._lock:
             if self._running == 0:
-                self._limiter = ThreadpoolController().select(user_api="blas").limit(limits=1)
+                libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+                self._before = [(library, library.num_threads) for library in libraries]
+                for library, _ in self._before:
+                    _set_threads(library, 1)
             self._running += 1
         try:
             yield
@@ -36,7 +39,16 @@ class _Products:
             with self._lock:
                 self._running -= 1
                 if self._running == 0:
-                    self._limiter.restore_original_limits()
+                    for library, threads in self._before:
+                        _set_threads(library, threads)
+
+
+def _set_threads(library: Any, threads: int) -> None:
+    """Whichever thread asks: threadpoolctl lets only the first that ever set a number set another."""
+    release = getattr(library, "clear_controlling_thread", lambda *, force: None)
+    release(force=True)
+    library.set_num_threads(threads)
+    release(force=True)
 
 
 products = _Products()
