@@ -23,7 +23,8 @@ ENGINES = ("onnx", "torch")
 #: What the kernels are compiled and checked for: Ampere, the first with bfloat16.
 MIN_CAPABILITY = (8, 0)
 
-#: Smaller images than this are decoded in a few milliseconds, where sharing out the work costs more than it saves.
+#: Small images are decoded in a few milliseconds, where sharing out the work costs more than it saves: at 32 px 27 ms
+#: instead of 4, while at 256 px it is faster. Where the two meet was not measured.
 MIN_WINOGRAD_SIZE = 128
 
 
