@@ -6,6 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from var_deploy.errors import DataError
+from var_train import image_data
 from var_train.image_data import (
     Crop,
     GlobalBatches,
@@ -418,6 +420,7 @@ def test_workers_outlive_the_signals_that_a_group_of_processes_gets(images, six_
 KEPT_ERROR = """
 import multiprocessing, os, signal
 from var_deploy.errors import DataError
+from var_train import image_data
 try:
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     list(stream)
@@ -446,6 +449,25 @@ next(stream)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     finished = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, capture_output=True)
     assert finished.returncode == status, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "DataLoader worker (pid 7) is killed"),
+        (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset by peer"),
+        (EOFError(), "its queue closed"),
+    ],
+)
+def test_a_worker_that_ends_amid_a_batch_is_one_error_whatever_it_broke(error, why):
+    def batches():
+        yield "a batch"
+        raise error
+
+    stream = image_data._without_errors(batches())
+    assert next(stream) == "a batch"
+    with pytest.raises(DataError, match=f"^a worker that decodes images ended \\({re.escape(why)}.*fewer workers$"):
+        next(stream)
 
 
 # --- corrupt images ---

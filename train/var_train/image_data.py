@@ -289,9 +289,10 @@ def _without_errors(loader: DataLoader[ImageBatch | DataError]) -> Generator[Ima
             if isinstance(batch, DataError):
                 raise batch
             yield batch
-    except (RuntimeError, OSError) as error:  # the loader's; a worker returns its own as DataError
+    except (RuntimeError, OSError, EOFError) as error:  # the loader's; a worker returns its own as DataError
+        why = str(error) or "its queue closed"
         raise DataError(
-            f"a worker that decodes images ended ({error}), for lack of memory perhaps; start again, with fewer workers"
+            f"a worker that decodes images ended ({why}), for lack of memory perhaps; start again, with fewer workers"
         ) from error
     finally:
         del batches  # it ends its workers, and an error that is kept would keep this frame and what it holds
