@@ -22,7 +22,7 @@ ALLOWED = {
     "var_deploy": ("var_deploy",),
     "var_export": ("var_export", "var_train", "var_kernels", "var_deploy"),
     "var_kernels": ("var_kernels",),
-    "var_train": ("var_train", "var_deploy.config", "var_deploy.errors"),
+    "var_train": ("var_train", "var_deploy.config", "var_deploy.errors", "var_deploy.staging"),
 }
 
 #: Files that start what needs more, and may import it inside a function only.

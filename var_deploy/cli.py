@@ -78,7 +78,8 @@ def export(
         str, typer.Option(help="fp32; int8 for CPUs; fp16, bf16 for GPUs; auto: int8 where it is faster and faithful.")
     ] = "fp32",
     calibration: Annotated[
-        str | None, typer.Option(metavar="CLASSES_OR_DIR", help="What auto measures on: 0,5,9 or a folder of images.")
+        str | None,
+        typer.Option(metavar="CLASSES_OR_DIR", help="What auto measures on: 0,5,9 or a folder per class in DIR."),
     ] = None,
 ) -> None:
     """Turn a checkpoint pair into a bundle."""
@@ -103,7 +104,7 @@ def export(
             class_names=names,
             license_note=license,
             using_znorm=znorm,
-            precision=None if precision == "auto" else precision,
+            precision=precision,
             calibration=calibration,
             progress=on_progress,
         )

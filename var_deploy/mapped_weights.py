@@ -27,6 +27,6 @@ def mapped_weights(path: Path) -> dict[str, np.ndarray]:
                 first, last = entry["data_offsets"]
                 values = data[begin + first : begin + last].view(_DTYPES[entry["dtype"]])
                 found[name] = values.reshape(entry["shape"]).view(np.ndarray)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path}: not a readable weights file ({error}); copy or export the bundle again") from error
     return found

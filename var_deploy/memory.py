@@ -5,7 +5,9 @@ Sizes are in bytes unless the name says otherwise.
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +112,12 @@ def anonymous_size() -> int | None:
 def peak_resident_size() -> int | None:
     """Highest resident size so far; it counts a file page once per mapping."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM")
+
+
+def release_freed_memory() -> None:
+    """Has the C library give back what was freed, where it can be asked to: it keeps large blocks for the next."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kilobytes(path: Path, field: str) -> int | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from .bundle import Bundle
 from .cgroups import memory_group
 from .engines.engine import Decoder
+from .engines.winograd.layout import finer_convolutions
 from .errors import EngineError
 from .memory import FLOAT_BYTES, MemoryPlan, memory_plan
 
@@ -25,9 +26,6 @@ MARGIN = 0.05
 
 #: Units of a limit in bytes; a bare number is in MB, as all sizes are printed.
 UNITS = {"": 10**6, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-#: Weights of the winograd decoder that are held in 36 planes, not 9 taps: 3×3 convolutions above the deepest level.
-_TRANSFORMED = r"decoder\.(up\.(\d+)\.(block\.\d+\.conv[12]|upsample\.conv)|conv_out)\.weight"
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
@@ -63,11 +61,9 @@ def onnx_plan(bundle: Bundle, decoder: Decoder, threads: int) -> Callable[[int, 
     if half:  # ONNX Runtime's CPU kernels are float32: it makes float32 of halves when it loads
         stored = {name: FLOAT_BYTES * size for name, size in bundle.weight_sizes().items()}
     if decoder is Decoder.WINOGRAD:
-        deepest = str(len(manifest.vqvae.ch_mult) - 1)
-        for name in stored:
-            found = re.fullmatch(_TRANSFORMED, name)
-            if found and not (found.group(2) == deepest and found.group(3).startswith("block")):
-                stored[name] *= 4
+        for name in finer_convolutions(manifest.vqvae):
+            if f"{name}.weight" in stored:  # else loading says so
+                stored[f"{name}.weight"] *= 4  # 36 planes instead of 9 taps
     # The encoder is loaded when it is first used.
     weights = sum(size for name, size in stored.items() if not name.startswith(("encoder.", "quant_conv.")))
 
@@ -90,12 +86,14 @@ class MemoryBudget:
     """What one request may have; requests side by side each count what is free when they start, not each other.
 
     plan: of a batch, guided or not. limit: bytes that the process should stay within, from the user. held: private
-    bytes that the engine had when it was loaded, which the plan's weights are part of.
+    bytes that the engine had when it was loaded, which the plan's weights are part of. reused: bytes of requests that
+    run now which the system takes for free, see `workspace`.
     """
 
     plan: Callable[[int, bool], MemoryPlan]
     limit: int | None = None
     held: int = 0
+    reused: Callable[[], int] = lambda: 0
     _told: set[tuple[int, bool, int]] = field(default_factory=set, repr=False)
 
     def images_at_once(self, batch: int, guided: bool) -> int:
@@ -124,7 +122,7 @@ class MemoryBudget:
 
     def _room(self) -> _Room:
         available = available_memory()
-        free = None if available is None else int((1 - MARGIN) * available) + self.held
+        free = None if available is None else int((1 - MARGIN) * max(0, available - self.reused())) + self.held
         if self.limit is not None and (free is None or self.limit <= free):
             return _Room(size=self.limit, limited=True)
         return _Room(size=free, limited=False)

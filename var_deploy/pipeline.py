@@ -79,7 +79,8 @@ def load(
     if not isinstance(started, Planned):
         return Pipeline(bundle, started)
     held = max(0, (anonymous_size() or 0) - (before or 0))
-    return Pipeline(bundle, started, MemoryBudget(plan=started.memory_plan, limit=memory_limit, held=held))
+    plan, reused = started.memory_plan, started.memory_reused
+    return Pipeline(bundle, started, MemoryBudget(plan=plan, limit=memory_limit, held=held, reused=reused))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,8 @@ class Generation:
     timings: dict[str, float]
     _pixels: Callable[[], np.ndarray] = field(repr=False)
     _bytes_BRR3: np.ndarray | None = field(default=None, repr=False)
+    #: Runs that the batch took, one after the other, to fit in memory.
+    parts: int = 1
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -181,7 +184,8 @@ class Pipeline:
             tokens.append(tokens_Kn)
             pixels.append(pixels_B3RR)
         joined_B3RR = np.concatenate(pixels)
-        return Generation([np.concatenate(scale) for scale in zip(*tokens, strict=True)], timings, lambda: joined_B3RR)
+        joined = [np.concatenate(scale) for scale in zip(*tokens, strict=True)]
+        return Generation(joined, timings, lambda: joined_B3RR, parts=len(sizes))
 
     def _run(
         self,

@@ -2,8 +2,9 @@
 
 An entry is a directory in `$XDG_CACHE_HOME/var-deploy` (default `~/.cache/var-deploy`), named by a digest of all that
 it was made from: the bundle's files, library versions, the CPU. It is written beside its name and renamed into place
-when whole, so processes that start at the same time do not meet half of one. Everything in it may be deleted at any
-time; what is damaged is said and made again; where it cannot be written, nothing is kept.
+when whole, by one process at a time, for which others that need it wait. Everything in it may be deleted at any time;
+what is damaged is said and made again; what no process has opened for long is removed; where it cannot be written,
+nothing is kept.
 """
 
 from __future__ import annotations
@@ -17,21 +18,33 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
 from .bundle import FileSeal, sha256_of
 from .errors import RequestError, VarDeployError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger("var_deploy")
 
 SEALS = "seals.json"
+#: Held by the process that makes an entry.
+LOCK = ".lock"
+#: How long that is waited for, in seconds.
+PATIENCE = 300.0
 #: Staging directories older than this, in seconds, are of a process that died.
 STALE = 3600.0
+#: Entries that were not opened for this long, in seconds, are removed when another is made.
+UNUSED = 60 * 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,27 +61,63 @@ class PreparedCache:
         """
         name = f"{kind}-{hashlib.sha256(chr(0).join([*made_from, processor()]).encode()).hexdigest()[:32]}"
         path = self.directory / name
-        if path.is_dir():
-            problem = self._problem(path)
-            if problem is None:
-                return path
-            self.discard(path, problem)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            free = shutil.disk_usage(self.directory).free
-            if free < size:
-                log.warning("%s: needs %.0f MB, %.0f MB are free; nothing is kept", path, size / 1e6, free / 1e6)
-                return None
-            return self._made(path, make)
+            for after_waiting in (False, True):
+                if self._usable(path):
+                    return path
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with self._alone(path) as waited:
+                    if waited and not after_waiting and path.is_dir():
+                        continue  # made by the process that was waited for: looked at side by side with the others
+                    if path.is_dir():
+                        if (problem := self._problem(path)) is None:
+                            return path
+                        self.discard(path, problem)
+                    self._sweep()
+                    free = shutil.disk_usage(self.directory).free
+                    if free < size:
+                        needs = f"needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+                        log.warning("%s: %s; nothing is kept", path, needs)
+                        return None
+                    return self._made(path, make)
         except (OSError, SafetensorError, VarDeployError) as error:  # a full disk comes as any of them
             log.warning("%s: cannot be kept (%s)", path, getattr(error, "strerror", None) or error)
-            return None
+        return None
 
     def discard(self, path: Path, problem: object) -> None:
         """Removes an entry that cannot be used and says so; the next start makes it again."""
         log.warning("%s: %s; making it again", path, problem)
-        shutil.rmtree(path, ignore_errors=True)
+        condemned = path.with_name(f".{path.name}-{os.getpid()}")
+        with suppress(OSError):  # in one step, so that no other process meets a half of it
+            path.rename(condemned)
+        shutil.rmtree(condemned, ignore_errors=True)
+
+    def _usable(self, path: Path) -> bool:
+        """Whether there is a whole entry."""
+        if not path.is_dir() or self._problem(path) is not None:
+            return False
+        with suppress(OSError):  # of another user, or on a disk that is read alone
+            os.utime(path)  # it is in use
+        return True
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[bool]:
+        """Holds the directory's lock, if it can be had; whether another process was waited for."""
+        with (self.directory / LOCK).open("w") as file:
+            waited, deadline = False, time.monotonic() + PATIENCE
+            while (held := _locked(file)) is False:
+                if not waited:
+                    log.info("%s: waiting for another process that prepares weights", path)
+                    waited = True
+                if time.monotonic() > deadline:
+                    log.warning("%s: held for %.0f s by another process; going on without it", file.name, PATIENCE)
+                    break
+                time.sleep(0.1)
+            try:
+                yield waited
+            finally:
+                if held:  # closing alone would leave it to a child that was forked meanwhile
+                    fcntl.flock(file, fcntl.LOCK_UN)
 
     def _made(self, path: Path, make: Callable[[Path], object]) -> Path | None:
         log.info("%s: preparing weights for this machine, once", path)
@@ -102,11 +151,26 @@ class PreparedCache:
         return None if seals else "empty"
 
     def _sweep(self) -> None:
-        """Removes what a process that died has left."""
-        for left in self.directory.glob(".*-*"):
-            with suppress(FileNotFoundError):  # renamed by its process meanwhile
-                if time.time() - left.stat().st_mtime > STALE:
-                    shutil.rmtree(left, ignore_errors=True)
+        """Removes what a process that died has left, and what nobody has used for long."""
+        for path in self.directory.iterdir():
+            with suppress(OSError):  # renamed or removed by another process meanwhile, or not ours
+                limit = STALE if path.name.startswith(".") else UNUSED
+                if path.is_dir() and time.time() - path.stat().st_mtime > limit:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _locked(file: TextIO) -> bool | None:
+    """Whether the lock could be had; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.info("%s: cannot be locked (%s)", file.name, error.strerror)
+        return None
+    return True
 
 
 def entries(directory: Path) -> dict[str, int]:

@@ -12,6 +12,7 @@ from .bundle import Bundle
 from .config import VQVAEConfig
 from .errors import BundleError
 from .interpolation import area_matrix, bicubic_matrix
+from .products import single_threaded
 
 
 class Quantizer:
@@ -26,7 +27,8 @@ class Quantizer:
 
     def features_from_tokens(self, tokens: list[np.ndarray]) -> np.ndarray:
         """f_hat [B, C, h, h] of the given scales (all, or the first few), each int64 [B, n_k]."""
-        return np.sum([self._contribution(k, self.codebook_VC[t_Bn]) for k, t_Bn in enumerate(tokens)], axis=0)
+        with single_threaded():
+            return np.sum([self._contribution(k, self.codebook_VC[t_Bn]) for k, t_Bn in enumerate(tokens)], axis=0)
 
     def tokens_from_features(self, f_BChh: np.ndarray) -> list[np.ndarray]:
         """Token pyramid of a feature map: K arrays int64 [B, n_k]."""
@@ -34,8 +36,9 @@ class Quantizer:
         rest_BChh, tokens = f_BChh, []
         for k, pn in enumerate(config.patch_nums):
             shrink = area_matrix(config.latent_size, pn)
-            tokens_Bn = self._nearest(shrink @ rest_BChh @ shrink.T)
-            rest_BChh = rest_BChh - self._contribution(k, self.codebook_VC[tokens_Bn])
+            with single_threaded():
+                tokens_Bn = self._nearest(shrink @ rest_BChh @ shrink.T)
+                rest_BChh = rest_BChh - self._contribution(k, self.codebook_VC[tokens_Bn])
             tokens.append(tokens_Bn)
         return tokens
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .precision import Precision
 
 
 def inspection(data: dict[str, Any]) -> None:
@@ -63,7 +66,7 @@ def _bundle_parts(console: Console, data: dict[str, Any]) -> None:
     rest = ("image_size", "precision", "sampling", "license", "source", "class_names")
     shown = {key: data[key] for key in rest}
     if not data["exact"]:
-        shown["precision"] = f"{data['precision']}, approximate: {_fidelity(data['fidelity'])}"
+        shown["precision"] = f"{data['precision']}, approximate: {_fidelity(data['fidelity'], data['precision'])}"
     _key_values(console, "bundle", shown)
     _key_values(console, "parameters", {part: f"{count:,}" for part, count in data["parameters"].items()})
     _key_values(console, "files (MB)", {name: _mega(size) for name, size in data["files"].items()})
@@ -73,23 +76,30 @@ def precision_plan(precision: str, plan: dict[str, Any]) -> None:
     """What `export --precision auto` measured and chose."""
     console = Console()
     if plan["alone"]:
-        table = Table("in int8 alone", "mean KL", "seconds", title=f"float32 takes {plan['float32_seconds']:.2f} s")
-        for part, (divergence, seconds) in plan["alone"].items():
-            table.add_row(part, f"{divergence:.1e}", f"{seconds:.2f}")
+        table = Table("in int8 alone", "mean KL", "times as fast as float32")
+        for part, trial in plan["alone"].items():
+            ratio = trial["float32_seconds"] / trial["seconds"]
+            table.add_row(part, _divergence(trial), f"{ratio:.2f}")
         console.print(table)
     kept = ", ".join(plan["float32"]) or "nothing"
     choice = f" ({kept} kept in float32, channels {'' if plan['smoothing'] else 'not '}smoothed)"
     console.print(
         f"{precision}{choice if precision == 'int8' else ''}: {plan['reason']}; "
-        f"mean KL {plan['mean_kl']:.1e}, measured on {plan['calibration']}",
+        f"mean KL {_divergence(plan['trial'])}, measured on {plan['calibration']}",
         soft_wrap=True,
     )
 
 
-def _fidelity(found: dict[str, Any] | None) -> str:
+def _divergence(trial: dict[str, Any]) -> str:
+    """Its mean KL; a manifest has null for what is not a number."""
+    return "NaN" if trial["mean_kl"] is None else f"{trial['mean_kl']:.1e}"
+
+
+def _fidelity(found: dict[str, Any] | None, precision: str) -> str:
     """What `verify` noted in the manifest; a number that it could not measure is left out."""
     if found is None:
-        return "not measured yet, run verify"
+        runs = Precision(precision) is not Precision.BF16
+        return "not measured yet, run verify" if runs else "not measured: no engine here runs it yet"
     parts = ["passed the fidelity gate" if found.get("passed") else "FAILED the fidelity gate"]
     measures = (
         ("mean_kl", "mean KL {:.1e}"),
@@ -127,8 +137,8 @@ def parity(data: dict[str, Any]) -> None:
         table.add_row(str(rows[0]["scale"]), *cells)
     console.print(table)
     every_row = [row for rows in data["scales"].values() for row in rows]
-    logit_error = max(row["logit_error"] for row in every_row)
-    pixel_error = max(data["pixel_error"].values())
+    logit_error = np.max([row["logit_error"] for row in every_row])  # keeps a NaN
+    pixel_error = np.max(list(data["pixel_error"].values()))
     loop = ""
     if data["loop"]:
         loop = (
@@ -139,11 +149,12 @@ def parity(data: dict[str, Any]) -> None:
     if data["digits"]:
         console.print("digits: " + _digits(data["digits"]), soft_wrap=True)
     if not data["exact"]:
-        mean_kl, psnr = max(row["mean_kl"] for row in every_row), min(data["decoder_psnr"].values())
+        mean_kl = np.max([row["mean_kl"] for row in every_row])
+        psnr, ssim = (np.min(list(data[name].values())) for name in ("decoder_psnr", "decoder_ssim"))
         console.print(
             f"fidelity gate {outcome}: largest mean KL of a scale {mean_kl:.1e} (limit {data['max_mean_kl']:g}), "
             f"decoder {psnr:.1f} dB (limit {data['min_decoder_psnr']:g}), "
-            f"SSIM {min(data['decoder_ssim'].values()):.4f}, reconstruction "
+            f"SSIM {ssim:.4f}, reconstruction "
             f"{max(data['reconstruction_loss'], 0):.2f} dB worse (limit {data['max_reconstruction_loss']:g}){loop}; "
             f"{data['precision']} is approximate: logits {logit_error:.1e}, "
             f"encoder tokens {data['encoded_token_agreement']:.2%} equal",
@@ -212,6 +223,7 @@ def _bench_lines(rows: list[dict[str, Any]], factor: float) -> list[tuple[str, l
         ("generate", spread("seconds")),
         ("p99", [f"{row['seconds']['p99'] * factor:.3f}" for row in rows]),
         ("images/s", number("images_per_second", "{:.2f}")),
+        ("in parts", [str(row["parts"]) if row["parts"] > 1 else "" for row in rows]),
         ("on the device", spread("device_seconds")),
         ("without decoder", spread("without_decoder")),
         ("floor", number("floor_seconds", "{:.3f}", factor)),

@@ -13,6 +13,7 @@ import numpy as np
 
 from . import philox
 from .errors import EngineError
+from .products import single_threaded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,4 +116,5 @@ def smooth_codes(
     scores_nV = np.where(kept_nV, (logits_nV * np.float32(1 + ratio) + gumbel_nV) / np.float32(tau), -np.inf)
     weights_nV = np.exp(scores_nV - scores_nV.max(axis=-1, keepdims=True))
     weights_nV /= weights_nV.sum(axis=-1, keepdims=True)
-    return (weights_nV @ codebook_VC).astype(np.float32)
+    with single_threaded():
+        return (weights_nV @ codebook_VC).astype(np.float32)

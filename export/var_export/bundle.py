@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from var_deploy.bundle import MANIFEST, WEIGHTS, Bundle, FileSeal, Manifest, Sam
 from var_deploy.errors import BundleError, CheckpointError, RequestError
 from var_deploy.precision import Precision
 from var_deploy.signature import GraphSpec, graph_specs
+from var_deploy.staging import put_in_place, require_absent, staging_directory
 from var_train.checkpoint import CheckpointPair, class_names_of, load_pair
 from var_train.checkpoint_files import MANIFEST as CHECKPOINT_MANIFEST
 
-from .calibration import Calibration
 from .calibration import calibration as calibration_of
 from .deploy_view import deploy_weights
 from .int8_plan import Int8Plan, int8_plan
-from .precision import bundle_precision, stored_weights
+from .precision import AUTO, bundle_precision, stored_weights
 from .smoothing import smoothed_weights
 from .transformer_graphs import condition_graph, finish_graph, scale_graph
 from .vqvae_graphs import decoder_graph, encoder_graph
@@ -45,25 +44,25 @@ def bundle_from_checkpoint(
     class_names: list[str] | None = None,
     license_note: str = "not stated",
     using_znorm: bool = False,
-    precision: Precision | None = Precision.FP32,
+    precision: str = Precision.FP32,
     calibration: str | None = None,
     progress: Progress = lambda *_: None,
 ) -> Path:
     """Exports a checkpoint pair to a new bundle directory `out` and returns its path.
 
     Without `class_names` the bundle takes those that the VAR's checkpoint carries, if any. precision: fp32, int8 (for
-    CPUs), fp16 or bf16 (for GPUs), see `precision`; None measures on this machine which products int8 makes faster
-    without harm, see `int8_plan`, on what `calibration` says: class ids like "0,5,9" or a folder of images. Raises
+    CPUs), fp16 or bf16 (for GPUs), see `precision`; "auto" measures on this machine which products int8 makes faster
+    without harm, see `int8_plan`, on what `calibration` says: class ids like "0,5,9" or a folder per class. Raises
     CheckpointError for what is wrong with the checkpoints, also where they do not fit the precision, BundleError for
     what is wrong with `out` or no precision of bundles, RequestError for a wrong calibration, and EngineError where
     there is no engine to measure with; in every case nothing is left behind.
     """
     out = Path(out)
-    if precision is not None:
+    if precision != AUTO:
         bundle_precision(precision)
         if calibration is not None:
             raise RequestError(f"calibration: precision {precision} needs none; leave it out, or give precision auto")
-    _require_absent(out)
+    require_absent(out, BundleError)
     pair = load_pair(Path(var_path), Path(vqvae_path), using_znorm=using_znorm)
     if class_names is None and (carried := class_names_of(Path(var_path))) is not None:
         class_names = list(carried)
@@ -77,44 +76,27 @@ def bundle_from_checkpoint(
         "exporter": f"var-deploy {var_deploy.__version__}",
     }
     described: dict[str, Any] = {"class_names": class_names, "license_note": license_note, "progress": progress}
-    if precision is not None:
-        return write_bundle(pair, out, source=source, precision=precision, **described)
-    measured_on, plan = _measured_plan(pair, out, calibration, progress)
+    if precision != AUTO:
+        return write_bundle(pair, out, source=source, precision=bundle_precision(precision), **described)
+    plan = _measured_plan(pair, out, calibration, class_names, progress)
     source["precision"] = plan.to_dict()
-    peaks = measured_on.peaks if plan.smoothing else None
-    return write_bundle(pair, out, source=source, precision=plan.precision, kept=plan.kept, peaks=peaks, **described)
+    described |= {"precision": plan.precision, "kept": plan.kept, "factors": plan.factors}
+    return write_bundle(pair, out, source=source, **described)
 
 
 def _measured_plan(
-    pair: CheckpointPair, out: Path, given: str | None, progress: Progress
-) -> tuple[Calibration, Int8Plan]:
+    pair: CheckpointPair, out: Path, given: str | None, class_names: list[str] | None, progress: Progress
+) -> Int8Plan:
     """Calibrates and measures, with a float32 bundle beside `out` that is deleted afterwards."""
-    measured_on = calibration_of(pair, given, lambda what: progress(what, 0, 0))
-    with _working_directory(out) as directory:
-        path = write_bundle(pair, directory / "float32", progress=progress)
-        float32 = Bundle.open(path, verify_digests=False)
-        plan = int8_plan(pair, float32, measured_on, progress=lambda what: progress(f"trial: {what}", 0, 0))
-    return measured_on, plan
-
-
-@contextmanager
-def _working_directory(out: Path) -> Iterator[Path]:
-    """Room beside `out`, where there is space for a bundle."""
-    made_parents = [parent for parent in out.parents if not os.path.lexists(parent)]  # innermost first
-    directory: Path | None = None
+    measured_on = calibration_of(pair, given, class_names, lambda what: progress(what, 0, 0))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.trials-", dir=out.parent))
-        yield directory
+        with staging_directory(out, "trials") as directory:
+            path = write_bundle(pair, directory / "float32", progress=progress)
+            float32 = Bundle.open(path, verify_digests=False)
+            return int8_plan(pair, float32, measured_on, progress=lambda what: progress(f"trial: {what}", 0, 0))
     except OSError as error:
         reason = error.strerror or error
         raise BundleError(f"{out}: trials cannot be written ({reason}); choose another place") from error
-    finally:
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-        for parent in made_parents:
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def write_bundle(
@@ -126,17 +108,18 @@ def write_bundle(
     source: Mapping[str, Any] | None = None,
     precision: Precision = Precision.FP32,
     kept: Collection[str] = (),
-    peaks: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Path:
     """Writes the bundle of checked checkpoints; see `bundle_from_checkpoint`.
 
-    kept: parts that int8 leaves in float32. peaks: of a calibration, to smooth outlier channels with; None does not.
+    kept: parts that int8 leaves in float32. factors: of `smoothing_factors`, to smooth outlier channels with.
     """
     precision = bundle_precision(precision)
+    assert precision.graph_dtype == "float32" or (not kept and factors is None)  # halves do not mix
     view = deploy_weights(pair)
-    if peaks is not None:
-        view = smoothed_weights(view, pair.var, peaks, kept)
+    if factors is not None:
+        view = smoothed_weights(view, pair.var, factors, kept)
     weights = stored_weights(view, precision, kept)
     layout = weights_layout(weights)
     specs = graph_specs(pair.var, pair.vqvae, precision)
@@ -194,47 +177,30 @@ def _origin(path: Path) -> dict[str, Any]:
     return {"file": path.name, "sha256": sha256_of(path)}
 
 
-def _require_absent(out: Path) -> None:
-    if os.path.lexists(out):  # unlike Path.exists, false for a name that is too long; making it says so
-        raise BundleError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")
-
-
 @contextmanager
 def _atomic_directory(out: Path, size: int) -> Iterator[Path]:
     """A staging directory beside `out` that becomes `out` if the block succeeds and vanishes if it does not.
 
     `size` is the least that will be written, in bytes; too little free space is said before writing.
     """
-    _require_absent(out)
-    made_parents = [parent for parent in out.parents if not os.path.lexists(parent)]  # innermost first
-    staging: Path | None = None
+    require_absent(out, BundleError)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < size:
-            raise BundleError(
-                f"{out}: needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on that disk; free space"
-            )
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        yield staging
-        for file in [*staging.iterdir(), staging]:
-            _flush_to_disk(file)
-        staging.chmod(0o755)  # mkdtemp makes it private
-        _require_absent(out)
-        staging.rename(out)
-        made_parents = []
+        with staging_directory(out) as staging:
+            free = shutil.disk_usage(staging).free
+            if free < size:
+                raise BundleError(
+                    f"{out}: needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on that disk; free space"
+                )
+            yield staging
+            for file in [*staging.iterdir(), staging]:
+                _flush_to_disk(file)
+            put_in_place(staging, out, BundleError)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         step = "free space and export again" if full else "choose another place"
         raise BundleError(
             f"{out}: writing failed ({error.strerror or error}); {step}; nothing is left behind"
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        for parent in made_parents:
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def _flush_to_disk(path: Path) -> None:

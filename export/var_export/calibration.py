@@ -1,12 +1,12 @@
 """What `--precision auto` measures with: tokens that the model sees in use, and what its activations reach on them.
 
-From classes: images drawn by the reference with the default sampling. From a folder of images: the tokens that the
-VQVAE gives them. Axes: B images of the calibration.
+From classes: images drawn by the reference with the default sampling. From images, a folder per class: the tokens that
+the VQVAE gives them. Axes: B images of the calibration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +40,15 @@ class Calibration:
 
 
 def calibration(
-    pair: CheckpointPair, given: str | None, progress: Callable[[str], None] = lambda _: None
+    pair: CheckpointPair,
+    given: str | None,
+    class_names: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
-    """given: class ids like "0,5,9", or a folder of images; None draws a few classes. Raises RequestError."""
+    """given: class ids like "0,5,9", or a folder with a folder of images per class; None draws a few classes.
+
+    class_names: of the model, to know its classes by their folders' names. Raises RequestError.
+    """
     progress("reference model")
     var, vqvae = pair.models()
     sampling = SamplingDefaults()
@@ -51,7 +57,7 @@ def calibration(
         labels = sorted({round(i * (classes - 1) / max(DRAWN - 1, 1)) for i in range(DRAWN)})
         tokens, source = None, f"classes {labels}"
     elif given and Path(given).is_dir():
-        labels, tokens = _of_images(Path(given), vqvae, classes)
+        labels, tokens = _of_images(Path(given), vqvae, classes, class_names)
         source = f"{len(labels)} images"
     else:
         labels, tokens = _class_ids(given, classes), None
@@ -108,24 +114,37 @@ def _class_ids(text: str, classes: int) -> list[int]:
         labels = [-1]
     if not all(0 <= label < classes for label in labels):
         raise RequestError(
-            f"calibration: got {text!r}, expected a folder of images or class ids from 0 to {classes - 1}, like 0,5,9"
+            f"calibration: got {text!r}, expected class ids from 0 to {classes - 1}, like 0,5,9, or a folder with a "
+            "folder of images per class"
         )
     return labels
 
 
-def _of_images(folder: Path, vqvae: VQVAE, classes: int) -> tuple[list[int], list[Tensor]]:
+def _of_images(
+    folder: Path, vqvae: VQVAE, classes: int, class_names: Sequence[str] | None
+) -> tuple[list[int], list[Tensor]]:
     """Labels and tokens of some images, evenly spread over the folder's."""
     images = open_images(folder)
-    if len(images.class_names) > classes:
+    found = images.class_names
+    if list(found) == [str(i) for i in range(len(found))] and len(found) <= classes:  # shards carry ids
+        class_ids = list(range(len(found)))
+    elif class_names is not None and set(found) <= set(class_names):
+        class_ids = [list(class_names).index(name) for name in found]
+    elif len(found) == classes:  # in the order that training gave them
+        class_ids = list(range(classes))
+    else:
         raise RequestError(
-            f"{folder}: got {len(images.class_names)} classes of images, the model has {classes}; give fewer"
+            f"calibration: {folder} has {len(found)} classes ({found[0]}, …), of which the model's {classes} are not "
+            "told by name; give a folder for every class, or class names"
         )
     count = min(TAKEN, len(images))
     chosen = [i * len(images) // count for i in range(count)]
-    try:
-        pictures = [decode(images.read(i)) for i in chosen]
-    except OSError as error:
-        raise RequestError(f"{folder}: an image cannot be read ({error}); take it out") from error
+    pictures = []
+    for i in chosen:
+        try:
+            pictures.append(decode(images.read(i)))
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            raise RequestError(f"calibration: {images.name(i)} cannot be read ({error}); take it out") from error
     pixels_B3RR = torch.from_numpy(pixels_from_images(pictures, vqvae.config.image_size))
     with torch.no_grad():
-        return [int(images.labels_N[i]) for i in chosen], vqvae.tokens(2 * pixels_B3RR - 1)
+        return [class_ids[images.labels_N[i]] for i in chosen], vqvae.tokens(2 * pixels_B3RR - 1)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.errors import RequestError
 from var_deploy.pipeline import Pipeline
 from var_train import VAR, VQVAE
 from var_train.digits import GUIDANCE, TOP_K, TOP_P, generate_digits
-from var_train.digits_data import load_split
+from var_train.digits_data import DigitsSplit, load_split
 from var_train.digits_quality import DigitsJudge, LabelledImages, feature_distance
 
 #: Images at a time.
@@ -40,28 +41,44 @@ class DigitsFidelity:
         return self.accuracy >= self.reference_accuracy - MAX_ACCURACY_LOSS  # a NaN fails too
 
 
-def digits_fidelity(
-    pipe: Pipeline, var: VAR, vqvae: VQVAE, *, images: int = 1000, progress: Callable[[str], None] = lambda _: None
-) -> DigitsFidelity:
-    """Draws and judges. Raises RequestError for another model, VarDeployError where scikit-learn is missing."""
+def digits_split(var: VARConfig, vqvae: VQVAEConfig) -> DigitsSplit:
+    """The real digits, to judge samples of a model by.
+
+    Raises RequestError for a model of anything else, VarDeployError where scikit-learn is missing.
+    """
     split = load_split()
-    classes, side = var.config.num_classes, split.train.images_N3RR.shape[-1]
-    if (classes, vqvae.config.image_size) != (10, side):
+    classes, side = var.num_classes, split.train.images_N3RR.shape[-1]
+    if (classes, vqvae.image_size) != (10, side):
         raise RequestError(
-            f"digits: the bundle makes {classes} classes at {vqvae.config.image_size} px, expected 10 at {side}; "
+            f"digits: the bundle makes {classes} classes at {vqvae.image_size} px, expected 10 at {side}; "
             "leave --digits out"
         )
+    return split
+
+
+def digits_fidelity(
+    pipe: Pipeline,
+    var: VAR,
+    vqvae: VQVAE,
+    split: DigitsSplit,
+    *,
+    images: int = 1000,
+    progress: Callable[[str], None] = lambda _: None,
+) -> DigitsFidelity:
+    """Draws and judges."""
+    classes = var.config.num_classes
     per_class = max(images // classes, 1)
     judge = DigitsJudge(split.train)
     progress(f"{per_class * classes} digits of the reference, twice")
     reference, again = (generate_digits(vqvae, var, per_class=per_class, seed=seed) for seed in (0, 1))
     progress(f"{per_class * classes} digits of the engine")
     ours = _engine_digits(pipe, per_class, classes)
+    finite = bool(np.isfinite(ours.images_N3RR).all())  # else there is nothing to judge
     return DigitsFidelity(
         images=len(ours.labels_N),
-        accuracy=float(judge.right_N(ours).mean()),
+        accuracy=float(judge.right_N(ours).mean()) if finite else np.nan,
         reference_accuracy=float(judge.right_N(reference).mean()),
-        feature_distance=feature_distance(ours, reference),
+        feature_distance=feature_distance(ours, reference) if finite else np.nan,
         reference_distance=feature_distance(again, reference),
     )
 

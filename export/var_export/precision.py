@@ -1,7 +1,7 @@
 """How every weight of a bundle is stored and every product of its graphs is computed, in each precision.
 
 fp32: as the reference computes. fp16, bf16: weights, products, attention and caches in the half type; residual stream,
-statistics of norms, lengths of q and k, softmax, AdaLN sums, logits, embedding and quantiser in float32.
+statistics of norms, lengths of q and k, AdaLN sums, logits, embeddings of codes and positions and quantiser in float32.
 
 int8, for ONNX Runtime on a CPU: W[K, N] ≈ w·t with integers |w| ≤ 63 and a float32 scale t per column; a row of x ≈
 (u − 128)·s with u = round(x / s) + 128, s = max|x| / 127; then x·W + b = ((u − 128)·w)·t·s + b, with an exact sum of
@@ -38,12 +38,15 @@ WEIGHT_MAX, ACTIVATION_MAX, ZERO_POINT = 63, 127, 128
 SMALLEST_ROW = 1e-30
 
 
+#: Stands for the precision that measuring finds.
+AUTO = "auto"
+
+
 def bundle_precision(name: str) -> Precision:
     """The precision of that name. Raises BundleError where a bundle cannot have it."""
     if name not in BUNDLE_PRECISIONS:
-        known = ", ".join(BUNDLE_PRECISIONS)
-        step = "export fp32, which the torch engine converts when it loads" if name == Precision.FP8 else "use one"
-        raise BundleError(f"precision '{name}': a bundle holds {known}; {step}")
+        step = "; export fp32, which the torch engine converts when it loads" if name == Precision.FP8 else ""
+        raise BundleError(f"precision: got {str(name)!r}, expected {', '.join(BUNDLE_PRECISIONS)} or {AUTO}{step}")
     return Precision(name)
 
 
@@ -66,14 +69,16 @@ def stored_weights(
 
 
 def parts_of(var: VARConfig) -> list[str]:
-    """What int8 is decided for: the four products of each block, and the head's."""
-    return [*(f"blocks.{i}" for i in range(var.depth)), "head"]
+    """What int8 is decided for: the four products of each block, the head's, and those of all AdaLN projections."""
+    return [*(f"blocks.{i}" for i in range(var.depth)), "head", "condition"]
 
 
 def _part(name: str) -> str | None:
-    """The part whose product reads a weight; None for AdaLN projections, and for what is no product."""
-    if not _is_product(name) or "ada_lin" in name:
+    """The part whose product reads a weight; None for what is no product."""
+    if not _is_product(name):
         return None
+    if "ada_lin" in name:
+        return "condition"
     return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "head"
 
 

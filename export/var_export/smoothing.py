@@ -29,16 +29,20 @@ def smoothed_products(block: int) -> tuple[str, str]:
     return f"blocks.{block}.attn.qkv", f"blocks.{block}.ffn.fc1"
 
 
-def smoothed_weights(
-    weights: dict[str, LazyWeight], var: VARConfig, peaks: Mapping[str, Tensor], kept: Collection[str] = ()
-) -> dict[str, LazyWeight]:
-    """The deploy view with s·W in the place of W, and the factors for the modulations.
+def smoothing_factors(weights: dict[str, LazyWeight], peaks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Product → s [D]. peaks: largest |x| of every input channel [D] of the smoothed products, from calibration."""
+    return {name: _factors(weights[f"{name}.weight"].make(), peak_D) for name, peak_D in peaks.items()}
 
-    peaks: largest |x| of every input channel [D] of the products `smoothed_products`, from calibration. kept: blocks
-    that stay as they are, "blocks.0" and so on.
+
+def smoothed_weights(
+    weights: dict[str, LazyWeight], var: VARConfig, factors: Mapping[str, Tensor], kept: Collection[str] = ()
+) -> dict[str, LazyWeight]:
+    """The deploy view with s·W in the place of W, and 1/s for the modulations.
+
+    factors: of `smoothing_factors`. kept: blocks that stay as they are, "blocks.0" and so on.
     """
     factors = {
-        name: _factors(weights[f"{name}.weight"].make(), peaks[name])
+        name: factors[name]
         for block in range(var.depth)
         if f"blocks.{block}" not in kept
         for name in smoothed_products(block)

@@ -21,7 +21,7 @@ class ForcedScale:
     k: int
     state: Any
     logits_RnV: np.ndarray
-    seconds: float
+    seconds: float  #: with `begin` before the first
 
 
 def teacher_forced(
@@ -33,12 +33,13 @@ def teacher_forced(
     copies: int,
 ) -> Iterator[ForcedScale]:
     """All scales for tokens [B, n_k]. copies: 2 with the null class's rows after the conditioned ones, else 1."""
+    began = time.perf_counter()
     state = engine.begin(np.array(labels + [config.null_class] * len(labels) * (copies - 1)))
     codes_RnC: np.ndarray | None = None
     for k in range(config.num_scales):
-        begin = time.perf_counter()
         logits_RnV = engine.step(state, k, codes_RnC)
-        yield ForcedScale(k, state, logits_RnV, time.perf_counter() - begin)
+        yield ForcedScale(k, state, logits_RnV, time.perf_counter() - began)
+        began = time.perf_counter()
         codes_RnC = np.concatenate([codebook_VC[tokens[k]]] * copies)
 
 

@@ -10,7 +10,8 @@ tokens are drawn from, and the pixels of decoder and reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from var_deploy.request import MAX_GUIDANCE
 from var_train import Generation, generate
 from var_train.checkpoint import load_pair
 
-from .digits_fidelity import DigitsFidelity, digits_fidelity
+from .digits_fidelity import DigitsFidelity, digits_fidelity, digits_split
 from .teacher_forcing import guided, mean_kl, teacher_forced
 
 #: Largest difference of logits and pixels that float32 rounding explains: the two add up in different orders, through
@@ -49,6 +50,8 @@ MAX_MEAN_KL, MIN_DECODER_PSNR = 0.01, 40.0
 MAX_RECONSTRUCTION_LOSS = 0.5
 
 Progress = Callable[[str], None]
+
+log = logging.getLogger("var_deploy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +162,7 @@ def verify_bundle(
         labels = [0, pair.var.num_classes - 1]
     if not all(0 <= label < pair.var.num_classes for label in labels):
         raise RequestError(f"labels: got {labels}, expected class ids from 0 to {pair.var.num_classes - 1}")
+    split = digits_split(pair.var, pair.vqvae) if digits else None
     progress("reference")
     var, vqvae = pair.models()
     reference = generate(var, vqvae, torch.tensor(labels), guidance=guidance, top_k=1, top_p=0)
@@ -206,15 +210,15 @@ def verify_bundle(
         encoded_token_agreement=_agreement(encoded, tokens),
         reconstruction_error=float(np.abs(pipe.decode(encoded) - reconstruction).max()),
         reconstruction_loss=reference_psnr - own_psnr,
-        digits=digits_fidelity(pipe, var, vqvae, progress=progress) if digits else None,
+        digits=None if split is None else digits_fidelity(pipe, var, vqvae, split, progress=progress),
     )
     if not bundle.manifest.precision.exact:
-        note_fidelity(bundle, _noted(parity))
+        note_fidelity(bundle, _noted(parity, bundle.manifest.fidelity))
     return parity
 
 
-def _noted(parity: Parity) -> dict[str, Any]:
-    """What the manifest of an inexact bundle says of itself."""
+def _noted(parity: Parity, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the manifest of an inexact bundle says of itself; digits of an earlier run stay where none are judged."""
     rows = [row for variant in parity.scales.values() for row in variant]
     noted: dict[str, Any] = {
         "passed": parity.passed,
@@ -222,14 +226,23 @@ def _noted(parity: Parity) -> dict[str, Any]:
         "classes": parity.labels,
         "guidance": parity.guidance,
         "mean_kl": float(np.max([row.mean_kl for row in rows])),  # keeps a NaN
-        "token_agreement": min(row.token_agreement for row in rows),
+        "token_agreement": float(np.min([row.token_agreement for row in rows])),
         "mean_kl_by_scale": {name: [row.mean_kl for row in variant] for name, variant in parity.scales.items()},
-        "decoder_psnr": min(parity.decoder_psnr.values()),
-        "decoder_ssim": min(parity.decoder_ssim.values()),
+        "decoder_psnr": float(np.min(list(parity.decoder_psnr.values()))),
+        "decoder_ssim": float(np.min(list(parity.decoder_ssim.values()))),
         "reconstruction_loss": parity.reconstruction_loss,
     }
-    if parity.digits is not None:
-        noted["digits"] = asdict(parity.digits)
+    digits = parity.digits
+    if digits is None and earlier is not None and earlier.get("digits") is not None:
+        try:
+            digits = DigitsFidelity(**earlier["digits"])
+            noted["passed"] = bool(parity.passed and digits.passed)
+            if not digits.passed:
+                log.warning("the digits of an earlier run did not pass, so the bundle does not; judge with --digits")
+        except TypeError:  # of another version, or edited
+            digits = None
+    if digits is not None:
+        noted["digits"] = asdict(digits)
     return noted
 
 

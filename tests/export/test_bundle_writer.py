@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import var_export.bundle
 from bundle_format import PINNED, format_text
+from var_deploy import staging
 from var_deploy.bundle import Bundle
 from var_deploy.cli import app
 from var_deploy.errors import BundleError, CheckpointError
@@ -352,7 +353,7 @@ def test_read_only_parent_is_refused(tiny_pair, place, monkeypatch):
     def denied(**_):  # permission bits do not stop a superuser, under whom tests may run
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(var_export.bundle.tempfile, "mkdtemp", denied)
+    monkeypatch.setattr(staging.tempfile, "mkdtemp", denied)
     message = refused(tiny_pair, place / "b")
     assert message == f"{place / 'b'}: writing failed (Permission denied); choose another place; nothing is left behind"
     assert files(place) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from var_export.calibration import calibration
 from var_export.deploy_view import deploy_weights
 from var_export.int8_plan import Trial, int8_plan
 from var_export.precision import parts_of
-from var_export.smoothing import SMOOTHING, smoothed_weights
+from var_export.smoothing import SMOOTHING, smoothed_weights, smoothing_factors
 from var_train.checkpoint import CheckpointPair, load_pair
 
 
@@ -67,7 +69,7 @@ class TestCalibration:
         for i, name in enumerate(["a/1.png", "b/2.png", "b/3.png"]):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (20 + i, 31, 3), dtype=np.uint8)).save(tmp_path / name)
-        given = calibration(plain, str(tmp_path))
+        given = calibration(plain, str(tmp_path), ["a", "b", *(str(i) for i in range(2, plain.var.num_classes))])
         assert given.labels == [0, 1, 1]
         assert given.source == "3 images"
         assert not torch.equal(given.reference.tokens[-1][0], given.reference.tokens[-1][1])
@@ -77,8 +79,9 @@ class TestCalibration:
         classes = plain.var.num_classes
         with pytest.raises(RequestError) as error:
             calibration(plain, text)
-        assert f"calibration: got {text!r}, expected a folder of images or class ids from 0 to {classes - 1}" in str(
-            error.value
+        assert str(error.value) == (
+            f"calibration: got {text!r}, expected class ids from 0 to {classes - 1}, like 0,5,9, or a folder with a "
+            "folder of images per class"
         )
 
     def test_folders_that_do_not_serve(self, plain, tmp_path):
@@ -87,7 +90,32 @@ class TestCalibration:
         for i in range(plain.var.num_classes + 1):
             (tmp_path / f"{i:04d}").mkdir()
             Image.new("RGB", (8, 8)).save(tmp_path / f"{i:04d}" / "x.png")
-        with pytest.raises(RequestError, match=r"classes of images, the model has \d+; give fewer"):
+        with pytest.raises(
+            RequestError, match=r"has \d+ classes \(0000, …\), of which the model's \d+ are not told by name"
+        ):
+            calibration(plain, str(tmp_path))
+
+    def test_folders_are_told_by_name_where_names_are_known(self, plain, tmp_path):
+        names = [f"kind {i}" for i in range(plain.var.num_classes)]
+        for label in (3, 1):
+            (tmp_path / names[label]).mkdir()
+            Image.new("RGB", (8, 8)).save(tmp_path / names[label] / "x.png")
+        assert calibration(plain, str(tmp_path), names).labels == [1, 3]
+        with pytest.raises(RequestError, match=r"has 2 classes \(kind 1, …\)"):
+            calibration(plain, str(tmp_path))
+        with pytest.raises(RequestError, match=r"has 2 classes \(kind 1, …\)"):
+            calibration(plain, str(tmp_path), ["other", *names[2:], "another"])
+
+    def test_an_image_that_cannot_be_read_is_named(self, plain, tmp_path, monkeypatch):
+        for i in range(plain.var.num_classes):
+            (tmp_path / str(i)).mkdir()
+            Image.new("RGB", (8, 8)).save(tmp_path / str(i) / "x.png")
+        (tmp_path / "0" / "x.png").write_bytes(b"no image")
+        with pytest.raises(RequestError, match=r"calibration: .*x.png cannot be read \(.*\); take it out$"):
+            calibration(plain, str(tmp_path))
+        Image.new("RGB", (50, 50)).save(tmp_path / "0" / "x.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice as many PIL raises
+        with pytest.raises(RequestError, match=r"calibration: .*x.png cannot be read \(.*decompression bomb.*\)"):
             calibration(plain, str(tmp_path))
 
 
@@ -98,7 +126,8 @@ class TestSmoothing:
         for i, peak_D in enumerate(peaks.values()):
             peak_D[i % len(peak_D)] *= 1000  # factors far from 1
         plain = var_deploy.load(write_bundle(pair, tmp_path / "plain"))
-        smooth = var_deploy.load(write_bundle(pair, tmp_path / "smooth", peaks=peaks, kept=["blocks.0"]))
+        factors = smoothing_factors(deploy_weights(pair), peaks)
+        smooth = var_deploy.load(write_bundle(pair, tmp_path / "smooth", factors=factors, kept=["blocks.0"]))
         one, other = (pipe.generate([0, 1], seeds=7, top_k=1) for pipe in (plain, smooth))
         for expected, got in zip(one.tokens, other.tokens, strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -107,7 +136,7 @@ class TestSmoothing:
     def test_factors(self, pair):
         peaks = calibration(pair, "0").peaks
         weights = deploy_weights(pair)
-        changed = smoothed_weights(weights, pair.var, peaks, kept=["blocks.1"])
+        changed = smoothed_weights(weights, pair.var, smoothing_factors(weights, peaks), kept=["blocks.1"])
         factors_16D = changed[SMOOTHING].numpy()[0]
         assert (factors_16D[:, :2] == 1).all()  # gates
         assert (factors_16D[1] == 1).all()  # a block that is kept
@@ -123,7 +152,8 @@ class TestSmoothing:
     def test_a_dead_channel_is_left_alone(self, plain):
         peaks = {name: peak_D.clone() for name, peak_D in calibration(plain, "0").peaks.items()}
         peaks["blocks.0.attn.qkv"][3] = 0
-        factors = smoothed_weights(deploy_weights(plain), plain.var, peaks)[SMOOTHING].numpy()
+        weights = deploy_weights(plain)
+        factors = smoothed_weights(weights, plain.var, smoothing_factors(weights, peaks))[SMOOTHING].numpy()
         assert factors[0, 0, 2, 3] == 1
         assert np.isfinite(factors).all()
 
@@ -131,20 +161,18 @@ class TestSmoothing:
 class FakeTrials:
     """Instead of the engine: parts disturb by known amounts, which add up, and int8 takes a known time."""
 
-    KL = {"blocks.0": 1e-3, "blocks.1": 4e-3, "head": 2e-3}  # noqa: RUF012
-    seconds = {Precision.FP32: 2.0, Precision.INT8: 1.0}  # noqa: RUF012
+    KL = {"blocks.0": 1e-3, "blocks.1": 4e-3, "head": 2e-3, "condition": 0.0}  # noqa: RUF012
+    seconds = 1.0  #: of a model in int8 alone; float32 takes 2
     smoothed = 1.0  #: share of the disturbance that is left
 
-    def __init__(self, *_: object) -> None: ...
+    def __init__(self, *_: object) -> None:
+        self.factors = {"a product": torch.ones(1)}
 
-    def run(self, precision: Precision, kept: tuple[str, ...] = (), *, smoothing: bool = False) -> Trial:
-        if precision is Precision.FP32:
-            return Trial(mean_kl=0.0, seconds=self.seconds[precision])
+    def run(self, kept: Sequence[str] = (), factors: object = None) -> Trial:
         taken = [part for part in self.KL if part not in kept]
         share = len(taken) / len(self.KL)
-        float32, int8 = self.seconds[Precision.FP32], self.seconds[Precision.INT8]
-        mean_kl = sum(self.KL[part] for part in taken) * (self.smoothed if smoothing else 1)
-        return Trial(mean_kl=mean_kl, seconds=float32 + share * (int8 - float32))
+        mean_kl = sum(self.KL[part] for part in taken) * (1 if factors is None else self.smoothed)
+        return Trial(mean_kl=mean_kl, seconds=2 + share * (self.seconds - 2), float32_seconds=2.0)
 
 
 class TestPlan:
@@ -162,48 +190,77 @@ class TestPlan:
 
     def test_all_of_it(self, planned):
         plan = planned(0.01)
-        assert (plan.precision, plan.kept, plan.smoothing) == (Precision.INT8, (), False)
+        assert (plan.precision, plan.kept, plan.factors) == (Precision.INT8, (), None)
         assert plan.reason == "2.00 times as fast as float32"
-        assert plan.mean_kl == pytest.approx(7e-3)
-        assert {part: trial.mean_kl for part, trial in plan.sensitivity.items()} == FakeTrials.KL
+        assert plan.trial.mean_kl == pytest.approx(7e-3)
+        assert {part: trial.mean_kl for part, trial in plan.alone.items()} == FakeTrials.KL
 
     @pytest.mark.parametrize(("limit", "kept"), [(6.9e-3, ("blocks.1",)), (1.5e-3, ("blocks.1", "head"))])
     def test_the_most_sensitive_parts_stay_float32(self, planned, limit, kept):
         plan = planned(limit)
         assert (plan.precision, plan.kept) == (Precision.INT8, kept)
-        assert plan.mean_kl <= limit
+        assert plan.trial.mean_kl <= limit
 
     def test_slower_is_refused_before_anything_else_is_measured(self, planned):
-        plan = planned(0.01, seconds={Precision.FP32: 1.0, Precision.INT8: 0.99})
+        plan = planned(0.01, seconds=1.98)
         assert plan.precision is Precision.FP32
-        assert plan.reason == "int8 is not faster here: 0.99 s, float32 1.00 s"
-        assert plan.sensitivity == {}
+        assert plan.reason == "int8 is not faster here: 1.98 s, float32 2 s"
+        assert plan.alone == {}
 
     def test_what_is_left_of_int8_may_not_be_worth_it(self, planned):
-        plan = planned(1.5e-3, seconds={Precision.FP32: 1.0, Precision.INT8: 0.95})
-        assert plan.precision is Precision.FP32
-        assert plan.reason == "what int8 may take is not faster here: 0.98 s, float32 1.00 s"
+        plan = planned(1.5e-3, seconds=1.9)
+        assert (plan.precision, plan.kept) == (Precision.FP32, ())
+        assert plan.reason == "what int8 may take is not faster here: 1.95 s, float32 2 s"
 
-    def test_nothing_is_faithful_enough(self, planned):
+    def test_int8_that_takes_nothing_is_refused(self, planned):
         plan = planned(-1.0)
-        assert plan.precision is Precision.FP32
-        assert plan.reason.startswith("int8 is not faithful: mean KL ")
+        assert (plan.precision, plan.kept, plan.factors) == (Precision.FP32, (), None)
+        assert plan.reason == "int8 is not faithful: mean KL 0.0e+00, limit -1"  # that of the least sensitive part
 
     def test_a_nan_is_not_faithful(self, planned):
-        assert planned(0.01, KL=dict.fromkeys(FakeTrials.KL, float("nan"))).precision is Precision.FP32
+        plan = planned(0.01, KL=dict.fromkeys(FakeTrials.KL, float("nan")))
+        assert plan.precision is Precision.FP32
+
+    def test_a_part_that_makes_a_nan_stays_float32(self, planned):
+        plan = planned(0.01, KL=FakeTrials.KL | {"head": float("nan")})
+        assert (plan.precision, plan.kept) == (Precision.INT8, ("head",))
+
+    def test_a_part_that_is_slower_stays_float32(self, planned, monkeypatch):
+        run = FakeTrials.run
+
+        def slow_head(self, kept: Sequence[str] = (), factors: object = None) -> Trial:
+            trial = run(self, kept, factors)
+            alone = len(kept) == len(self.KL) - 1
+            return replace(trial, seconds=2.2) if alone and "head" not in kept else trial
+
+        plan = planned(0.01, run=slow_head)
+        assert (plan.precision, plan.kept) == (Precision.INT8, ("head",))
+        assert plan.trial.mean_kl == pytest.approx(5e-3)
+
+    def test_parts_that_are_all_slower_are_refused(self, planned):
+        run = FakeTrials.run
+
+        def slow(self, kept: Sequence[str] = (), factors: object = None) -> Trial:
+            trial = run(self, kept, factors)
+            return replace(trial, seconds=2.2) if kept else trial
+
+        plan = planned(0.01, run=slow)
+        assert (plan.precision, plan.reason) == (Precision.FP32, "every part alone is slower than in float32 here")
 
     @pytest.mark.parametrize(("left", "used"), [(0.5, True), (0.95, False)])
     def test_smoothing_is_used_where_it_helps(self, planned, left, used):
         plan = planned(0.01, smoothed=left)
-        assert plan.smoothing is used
-        assert plan.mean_kl == pytest.approx(7e-3 * (left if used else 1))
+        assert (plan.factors is not None) is used
+        assert plan.trial.mean_kl == pytest.approx(7e-3 * (left if used else 1))
 
-    def test_trials_for_real(self, plain, float32):
-        trials = planner._Trials(plain, float32, calibration(plain, "0"), None)
-        exact, whole = trials.run(Precision.FP32), trials.run(Precision.INT8)
-        alone = trials.run(Precision.INT8, [part for part in parts_of(plain.var) if part != "blocks.1"])
-        assert exact.mean_kl < 1e-9 < alone.mean_kl < whole.mean_kl < planner.MAX_MEAN_KL
-        assert exact.seconds > 0
+    def test_trials_for_real(self, plain, float32, monkeypatch):
+        monkeypatch.setattr(planner, "AT_LEAST_SECONDS", 0)
+        trials, parts = planner._Trials(plain, float32, calibration(plain, "0"), None), parts_of(plain.var)
+        whole, none = trials.run(), trials.run(parts)
+        assert none.mean_kl < 1e-9 < whole.mean_kl < planner.MAX_MEAN_KL
+        assert min(whole.seconds, whole.float32_seconds) > 0
+        for part in parts:
+            assert 1e-9 < trials.run([other for other in parts if other != part]).mean_kl < planner.MAX_MEAN_KL
 
     def test_smoothing_where_channels_stand_out(self, plain, tmp_path):
         """A channel a hundred times as large as the others takes their precision; smoothing gives it back."""
@@ -223,13 +280,13 @@ class TestPlan:
         bundle = Bundle.open(write_bundle(pair, tmp_path / "outliers"))
         given = calibration(pair, "0")
         trials = planner._Trials(pair, bundle, given, None)
-        rough, smooth = (trials.run(Precision.INT8, smoothing=smoothing) for smoothing in (False, True))
+        rough, smooth = (trials.run(factors=factors) for factors in (None, trials.factors))
         assert smooth.mean_kl < 0.2 * rough.mean_kl
 
 
 class TestExport:
     @pytest.fixture
-    def chosen(self, monkeypatch):
+    def chosen(self, plain, monkeypatch):
         """`chosen(kept, smoothing)` stands in for the measurement."""
 
         def choose(kept: tuple[str, ...], smoothing: bool) -> None:
@@ -237,11 +294,12 @@ class TestExport:
                 precision=Precision.INT8,
                 reason="1.50 times as fast as float32",
                 kept=kept,
-                smoothing=smoothing,
-                float32_seconds=3.0,
-                seconds=2.0,
-                mean_kl=0.001,
-                sensitivity={"head": Trial(mean_kl=0.002, seconds=2.5)},
+                factors=smoothing_factors(deploy_weights(plain), calibration(plain, "0").peaks) if smoothing else None,
+                trial=Trial(mean_kl=0.001, seconds=2.0, float32_seconds=3.0),
+                alone={
+                    "head": Trial(mean_kl=0.002, seconds=2.5, float32_seconds=3.0),
+                    "blocks.1": Trial(mean_kl=float("nan"), seconds=2.5, float32_seconds=2.0),
+                },
                 calibration="classes [0]",
             )
             monkeypatch.setattr(exporter, "int8_plan", lambda *args, **options: plan)
@@ -258,6 +316,8 @@ class TestExport:
         assert result.exit_code == 0, result.output
         words = f"int8 (blocks.1, head kept in float32, channels {'' if smoothing else 'not '}smoothed): 1.50 times"
         assert words in result.output
+        assert re.search(r"head +│ 2\.0e-03 │ 1\.20", result.output)
+        assert re.search(r"blocks\.1 +│ NaN +│ 0\.80", result.output)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
         manifest = Bundle.open(out).manifest
         assert manifest.precision is Precision.INT8
@@ -276,17 +336,26 @@ class TestExport:
 
         monkeypatch.setattr(exporter, "int8_plan", fail)
         with pytest.raises(EngineError, match="no engine"):
-            bundle_from_checkpoint(*tiny_pair[1:], tmp_path / "deep" / "bundle", precision=None, calibration="0")
+            bundle_from_checkpoint(*tiny_pair[1:], tmp_path / "deep" / "bundle", precision="auto", calibration="0")
         assert list(tmp_path.iterdir()) == []
 
     def test_calibration_without_auto(self, tiny_pair, tmp_path):
         with pytest.raises(RequestError, match="calibration: precision fp32 needs none; leave it out, or give"):
             bundle_from_checkpoint(*tiny_pair[1:], tmp_path / "bundle", calibration="0")
 
-    def test_for_real(self, tiny_pair, tmp_path):
-        out = Path(bundle_from_checkpoint(*tiny_pair[1:], tmp_path / "bundle", precision=None, calibration="0,1"))
+    def test_for_real(self, tiny_pair, plain, tmp_path, monkeypatch):
+        """What was measured is what is written: the bundle diverges as its plan says, on the same tokens."""
+        monkeypatch.setattr(Trial, "faster", True)  # how fast a tiny model is does not matter
+        monkeypatch.setattr(Trial, "slower", False)
+        monkeypatch.setattr(planner, "AT_LEAST_SECONDS", 0)
+        given = calibration(plain, "0,1")
+        trials = planner._Trials(plain, Bundle.open(write_bundle(plain, tmp_path / "float32")), given, None)
+        monkeypatch.setattr(planner, "MAX_MEAN_KL", 0.7 * trials.run().mean_kl)
+        out = Path(bundle_from_checkpoint(*tiny_pair[1:], tmp_path / "bundle", precision="auto", calibration="0,1"))
         manifest = Bundle.open(out).manifest
         noted = manifest.source["precision"]
+        assert manifest.precision is Precision.INT8
         assert noted["calibration"] == "classes [0, 1]"
-        assert noted["float32_seconds"] > 0
-        assert manifest.precision is (Precision.INT8 if "times as fast" in noted["reason"] else Precision.FP32)
+        assert 0 < len(noted["float32"]) < len(parts_of(plain.var)) == len(noted["alone"])
+        engine = var_deploy.load(out).engine
+        assert trials._divergence(engine) == pytest.approx(noted["trial"]["mean_kl"], rel=1e-6)

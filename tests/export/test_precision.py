@@ -132,12 +132,12 @@ def test_weights_that_do_not_fit_are_named_and_leave_nothing(odd_states, tmp_pat
 
 @pytest.mark.parametrize(
     ("precision", "step"),
-    [("fp8", "export fp32, which the torch engine converts when it loads"), ("fp4", "use one")],
+    [("fp8", "; export fp32, which the torch engine converts when it loads"), ("fp4", ""), ("atuo", ""), ("INT8", "")],
 )
 def test_a_precision_that_bundles_do_not_have_is_refused(tiny_pair, tmp_path, precision, step):
     with pytest.raises(BundleError) as refusal:
         bundle_from_checkpoint(*tiny_pair[1:], tmp_path / "b", precision=precision)
-    assert str(refusal.value) == f"precision '{precision}': a bundle holds fp32, fp16, bf16, int8; {step}"
+    assert str(refusal.value) == f"precision: got '{precision}', expected fp32, fp16, bf16, int8 or auto{step}"
     assert not list(tmp_path.iterdir())
 
 
@@ -368,7 +368,7 @@ def test_export_takes_a_precision_by_name(tiny_pair, tiny_bundle, exported, tmp_
     for file in (tmp_path / "int8").iterdir():
         assert file.read_bytes() == (exported("tiny", Precision.INT8) / file.name).read_bytes(), file.name
     assert isinstance(refusal := export("fp8").exception, BundleError)
-    assert "precision 'fp8'" in str(refusal)
+    assert "precision: got 'fp8'" in str(refusal)
 
 
 def test_weights_take_the_bytes_of_their_type(exported, tiny_bundle):

@@ -445,3 +445,19 @@ def test_the_installed_program_is_the_same_command_line():
     result = subprocess.run([found, "--help"], capture_output=True, text=True, check=True)
     for command in ("export", "inspect", "generate", "verify", "bench"):
         assert command in result.stdout
+
+
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_listed_and_cleared(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = tmp_path / "var-deploy"
+    assert _succeed("cache") == f"{directory}: 0 entries, 0.0 MB\n"
+    entry = directory / "scales-1234"
+    entry.mkdir(parents=True)
+    (entry / "weights").write_bytes(bytes(1_234_567))
+    assert _succeed("cache") == f"scales-1234: 1.2 MB\n{directory}: 1 entries, 1.2 MB\n"
+    assert entry.is_dir()
+    assert _succeed("cache", "--clear").endswith("1 entries, 1.2 MB\ndeleted\n")
+    assert not entry.exists()

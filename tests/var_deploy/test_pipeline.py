@@ -346,6 +346,7 @@ def test_a_batch_in_parts_is_the_whole_batch_bit_for_bit(wide, tight, monkeypatc
     np.testing.assert_array_equal(parts.pixels, whole.pixels)
     assert len(parts.images) == 5
     assert list(parts.timings) == list(whole.timings)
+    assert (whole.parts, parts.parts) == (1, len(rows))
 
 
 def test_previews_of_a_batch_in_parts_say_which_images_they_show(tight):

@@ -6,10 +6,13 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +46,18 @@ def cache(tmp_path) -> PreparedCache:
     return PreparedCache(directory=tmp_path / "cache")
 
 
+def kept(cache: PreparedCache) -> list[str]:
+    """Names of all that is there, but for the lock."""
+    return [path.name for path in cache.directory.iterdir() if path.name != prepared.LOCK]
+
+
 class TestEntry:
     def test_is_made_once(self, cache):
         first = cache.entry("x", ["1"], 6, write)
         assert first is not None
         assert (first / "a.bin").read_bytes() == b"packed"
         assert cache.entry("x", ["1"], 6, refuse) == first
-        assert [path.name for path in cache.directory.iterdir()] == [first.name]
+        assert kept(cache) == [first.name]
 
     def test_depends_on_what_it_was_made_from_and_on_the_cpu(self, cache, monkeypatch):
         made = {cache.entry("x", source, 6, write) for source in (["1"], ["2"], ["1", "2"], ["12"])}
@@ -86,7 +94,7 @@ class TestEntry:
     def test_too_little_space(self, cache, caplog):
         assert cache.entry("x", ["1"], 1 << 60, refuse) is None
         assert "nothing is kept" in caplog.text
-        assert list(cache.directory.iterdir()) == []
+        assert kept(cache) == []
 
     def test_a_place_that_cannot_be_written(self, tmp_path, caplog):
         (tmp_path / "file").write_text("")
@@ -101,7 +109,7 @@ class TestEntry:
 
         with pytest.raises(ValueError, match="no"):
             cache.entry("x", ["1"], 6, fail)
-        assert list(cache.directory.iterdir()) == []
+        assert kept(cache) == []
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left"), EngineError("No space left")])
     def test_a_disk_that_fills_up_is_no_failure(self, cache, error, caplog):
@@ -111,9 +119,29 @@ class TestEntry:
 
         assert cache.entry("x", ["1"], 6, fill) is None
         assert "cannot be kept (No space left)" in caplog.text
-        assert list(cache.directory.iterdir()) == []
+        assert kept(cache) == []
 
-    def test_another_process_may_be_quicker(self, cache):
+    def test_others_wait_for_the_one_that_makes_it(self, cache):
+        """Two that start cold: the work is done once."""
+        made: list[int] = []
+
+        def make(directory: Path) -> None:
+            made.append(1)
+            time.sleep(0.2)
+            write(directory)
+
+        with ThreadPoolExecutor(3) as pool:
+            found = set(pool.map(lambda _: cache.entry("x", ["1"], 6, make), range(3)))
+        assert found == {cache.entry("x", ["1"], 6, refuse)}
+        assert len(made) == 1
+
+    def test_without_locks_another_process_may_be_quicker(self, cache, monkeypatch, caplog):
+        def unsupported(*_: object) -> None:
+            raise OSError(38, "Function not implemented")
+
+        monkeypatch.setattr(prepared.fcntl, "flock", unsupported)
+        caplog.set_level(logging.INFO)
+
         def overtaken(directory: Path) -> None:
             write(directory)
             cache.entry("x", ["1"], 6, write)
@@ -121,6 +149,53 @@ class TestEntry:
         entry = cache.entry("x", ["1"], 6, overtaken)
         assert entry is not None
         assert cache.entry("x", ["1"], 6, refuse) == entry
+        assert "cannot be locked (Function not implemented)" in caplog.text
+
+    def test_a_process_that_never_lets_go_is_not_waited_for_without_end(self, cache, monkeypatch, caplog):
+        monkeypatch.setattr(prepared, "PATIENCE", 0.2)
+        cache.directory.mkdir()
+        with (cache.directory / prepared.LOCK).open("w") as held:
+            prepared.fcntl.flock(held, prepared.fcntl.LOCK_EX)
+            assert cache.entry("x", ["1"], 6, write) is not None
+        assert "held for 0 s by another process; going on without it" in caplog.text
+
+    def test_the_lock_is_free_again_though_a_child_was_forked_meanwhile(self, cache):
+        children = []
+
+        def fork(directory: Path) -> None:
+            write(directory)
+            if (child := os.fork()) == 0:
+                time.sleep(60)
+                os._exit(0)
+            children.append(child)
+
+        assert cache.entry("x", ["1"], 6, fork) is not None
+        with (cache.directory / prepared.LOCK).open("w") as free:
+            prepared.fcntl.flock(free, prepared.fcntl.LOCK_EX | prepared.fcntl.LOCK_NB)
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+    def test_a_home_that_may_not_be_entered(self, cache, monkeypatch, caplog):
+        def denied(_path: Path) -> bool:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(prepared.Path, "is_dir", denied)
+        assert cache.entry("x", ["1"], 6, write) is None
+        assert "cannot be kept (Permission denied)" in caplog.text
+
+    def test_without_the_module_of_locks(self, cache, monkeypatch):
+        monkeypatch.setattr(prepared, "fcntl", None)
+        assert cache.entry("x", ["1"], 6, write) is not None
+
+    def test_what_nobody_uses_is_removed(self, cache):
+        used, unused = (cache.entry("x", [name], 6, write) for name in ("used", "unused"))
+        long_ago = time.time() - prepared.UNUSED - 3600
+        for path in (used, unused):
+            os.utime(path, (long_ago, long_ago))
+        assert cache.entry("x", ["used"], 6, refuse) == used
+        cache.entry("x", ["another"], 6, write)
+        assert used.exists()
+        assert not unused.exists()
 
     def test_killed_while_writing(self, cache):
         """What a killed process leaves is no entry, and is swept once it is old."""
@@ -136,7 +211,7 @@ class TestEntry:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        (left,) = cache.directory.iterdir()
+        (left,) = (cache.directory / name for name in kept(cache))
         entry = cache.entry("x", ["1"], 6, write)
         assert entry is not None
         assert left.is_dir()  # another process might still be at it
@@ -160,6 +235,13 @@ class TestEngine:
         plain, *others = (pipe.generate([0, 1], seeds=3) for pipe in runs)
         for other in others:
             np.testing.assert_array_equal(plain.pixels, other.pixels)
+
+    def test_the_process_that_makes_an_entry_maps_it_too(self, tiny_bundle):
+        pipe = var_deploy.load(tiny_bundle, decoder="winograd")
+        pipe.generate([0])
+        maps = Path("/proc/self/maps").read_text()
+        for file in (".packed", "decoder.safetensors"):
+            assert re.search(rf"{re.escape(str(default_directory()))}/.*{re.escape(file)}", maps), file
 
     def test_a_damaged_file_is_made_again(self, tiny_bundle, caplog):
         expected = var_deploy.load(tiny_bundle, decoder="winograd").generate([0]).pixels
@@ -227,8 +309,27 @@ def test_without_a_home_nothing_is_kept(monkeypatch, tiny_bundle):
     assert len(var_deploy.load(tiny_bundle).generate([0]).images) == 1
 
 
-def test_processor_is_known():
-    assert len(processor()) > 5
+def test_processor_tells_models_and_instruction_sets_apart(monkeypatch):
+    """As /proc/cpuinfo shows them, on x86 and on Arm; elsewhere what Python knows."""
+    texts = [
+        "processor : 0\nmodel name\t: A\nflags\t\t: avx2\n",
+        "processor : 0\nmodel name\t: A\nflags\t\t: avx2 avx512f\n",
+        "processor : 0\nmodel name\t: B\nflags\t\t: avx2\n",
+        "processor\t: 0\nFeatures\t: fp asimd\n",
+    ]
+    found = []
+    for text in texts:
+        monkeypatch.setattr(prepared.Path, "read_text", lambda _path, text=text: text)
+        found.append(processor())
+    assert len(set(found)) == len(texts)
+    assert found[1].endswith("A avx2 avx512f")
+    assert found[3].endswith("fp asimd")
+
+    def missing(_path: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(prepared.Path, "read_text", missing)
+    assert processor().startswith(platform.machine())
 
 
 def test_list_and_remove(cache, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,14 +18,16 @@ from threadpoolctl import ThreadpoolController
 
 import var_deploy
 from var_deploy.bundle import WEIGHTS, Bundle
+from var_deploy.cpus import UsableCpus
 from var_deploy.engines import choice
-from var_deploy.engines.winograd import convolution
+from var_deploy.engines.winograd import convolution, kernels
 from var_deploy.engines.winograd.convolution import Convolution, Doubled, Normed, Residual, transformed
 from var_deploy.engines.winograd.decoder import WinogradDecoder
 from var_deploy.engines.winograd.kernels import normed_rows
-from var_deploy.engines.winograd.workers import Workers, products
+from var_deploy.engines.winograd.workers import Workers
 from var_deploy.errors import BundleError, EngineError
 from var_deploy.mapped_weights import mapped_weights
+from var_deploy.pipeline import Preview
 
 #: Of values around 1. Lavin and Gray's transforms cancel: their rounding is some ten times that of a plain sum, whose
 #: float32 error over 9·96 products is 1e-6.
@@ -119,7 +124,8 @@ def bundle_path(request):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_decoder_equals_the_graph(bundle_path, threads):
+def test_decoder_equals_the_graph(bundle_path, threads, monkeypatch):
+    monkeypatch.setattr(choice, "usable_cpus", lambda: UsableCpus(cpus=2, cores=2, quota=None))  # on one CPU too
     graph, ours = (var_deploy.load(bundle_path, decoder=decoder, threads=threads) for decoder in ("graph", "winograd"))
     config = graph.bundle.manifest.vqvae
     shape = (2, config.z_channels, config.latent_size, config.latent_size)
@@ -176,24 +182,69 @@ def test_an_error_in_a_worker_reaches_the_caller():
         Workers(2).share(4, fail)
 
 
-def test_two_decoders_at_once_leave_the_matrix_library_as_it_was():
-    def threads() -> list[int]:
-        return [lib["num_threads"] for lib in ThreadpoolController().select(user_api="blas").info()]
+@pytest.mark.parametrize(
+    ("changed", "got"),
+    [
+        ({"decoder.conv_in.bias": None}, "none"),
+        ({"decoder.mid.attn_1.qkv.weight": np.zeros((3, 3), np.float32)}, r"float32 \(3, 3\)"),
+        ({"decoder.norm_out.weight": np.zeros(32, np.float16)}, r"float16 \(32,\)"),
+        ({"decoder.up.0.block.0.conv1.weight": np.zeros((1, 1, 3, 3), np.float32)}, r"float32 \(1, 1, 3, 3\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration(tiny_bundle, tmp_path, changed, got):
+    weights = {**mapped_weights(tiny_bundle / WEIGHTS), **changed}
+    save_file({name: value for name, value in weights.items() if value is not None}, tmp_path / WEIGHTS)
+    (name,) = changed
+    with pytest.raises(BundleError, match=rf"{name}: got {got}, expected float32 \(.*\); export it again"):
+        WinogradDecoder(Bundle.open(tiny_bundle).manifest.vqvae, tmp_path / WEIGHTS, 1)
 
-    def in_a_thread(work: Callable[[], object]) -> None:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
 
-    before = threads()
-    first, second = products.single_threaded(), products.single_threaded()
-    in_a_thread(first.__enter__)
-    assert set(threads()) == {1}
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert set(threads()) == {1}
-    in_a_thread(lambda: second.__exit__(None, None, None))
-    assert threads() == before
+@pytest.mark.parametrize("offset", [0.0, 30.0, -300.0])
+def test_norm_of_a_map_far_from_zero(tiny_bundle, offset):
+    """Of the mean of squares less the square of the mean all but a few digits cancel, so the sums have to be exact."""
+    decoder = WinogradDecoder(Bundle.open(tiny_bundle).manifest.vqvae, tiny_bundle / WEIGHTS, 1)
+    weights = mapped_weights(tiny_bundle / WEIGHTS)
+    name = next(name for name in weights if name.startswith("decoder.up.0.") and name.endswith("norm2.weight"))
+    name, C = name.removesuffix(".weight"), len(weights[name])
+    weight, bias = parameters(C, C)
+    x_HWC, ones, zeros = torch.randn(24, 17, C), np.ones(C, np.float32), np.zeros(C, np.float32)
+    out = np.empty((24, 17, C), dtype=np.float32)
+    sums = convolution_of(Workers(2), weight, bias + offset)(Normed(x_HWC.numpy(), ones, zeros), out)
+    normed = decoder._normed(out, sums, name)
+    gamma, beta = (torch.from_numpy(weights[f"{name}.{part}"].copy()).double() for part in ("weight", "bias"))
+    expected = F.group_norm(torch.from_numpy(out).double().permute(2, 0, 1)[None], 32, gamma, beta, eps=1e-6)[0]
+    got = out * normed.scale_C.astype(np.float64) + normed.shift_C
+    # The shift is float32, and about as large as the offset in standard deviations.
+    np.testing.assert_allclose(got, expected.permute(1, 2, 0).numpy(), atol=2e-6 + 2e-7 * abs(offset), rtol=0)
+
+
+def test_a_full_disk_for_machine_code_is_no_failure(monkeypatch):
+    """numba writes what it has compiled before it runs it."""
+    compile_for = kernels.numba.njit
+
+    def njit(function=None, **options):
+        if not options.pop("cache", False):
+            return compile_for(function, **options)
+
+        def full(*_: object) -> None:
+            tried.append(1)
+            raise OSError(28, "No space left on device")
+
+        return full
+
+    tried: list[int] = []
+    monkeypatch.setattr(kernels.numba, "njit", njit)
+
+    def twice(x_N):  # type: ignore[no-untyped-def]
+        for i in range(len(x_N)):
+            x_N[i] *= 2
+
+    compiled = kernels._compiled(twice)
+    x_N = np.array([1.0, 2.0], dtype=np.float32)
+    compiled(x_N)
+    compiled(x_N)
+    assert x_N.tolist() == [4, 8]
+    assert len(tried) == 1
 
 
 class TestChoice:
@@ -226,32 +277,93 @@ class TestChoice:
             var_deploy.load(tiny_bundle, decoder="winograd")
 
 
-class TestMappedWeights:
-    def test_are_the_bundle_s(self, tiny_bundle):
-        bundle = Bundle.open(tiny_bundle)
-        mapped = mapped_weights(tiny_bundle / WEIGHTS)
-        assert mapped.keys() == bundle.weight_sizes().keys()
-        for name in ("word_embed.weight", "decoder.conv_out.bias"):
-            np.testing.assert_array_equal(mapped[name], bundle.weight(name))
-            assert not mapped[name].flags.writeable
+class TestInterrupted:
+    """Ctrl-C, or a time limit's signal, in the middle of a step: nobody gets memory that a worker still writes to."""
 
-    def test_every_type(self, tmp_path):
-        tensors = {
-            "a": np.arange(3, dtype=np.int8),
-            "b": np.ones((2, 3), dtype=np.float16),
-            "c": np.ones((), dtype=np.float32),
-        }
-        save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "np"})
-        mapped = mapped_weights(tmp_path / "w.safetensors")
-        assert mapped.keys() == tensors.keys()
-        for name, expected in tensors.items():
-            np.testing.assert_array_equal(mapped[name], expected)
+    def test_share_ends_after_its_workers_do(self):
+        ended: list[int] = []
 
-    @pytest.mark.parametrize(
-        "content", [b"", b"\x05", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x09" + bytes(7) + b'{"a": {}}']
-    )
-    def test_damaged(self, content, tmp_path):
-        path = tmp_path / "w.safetensors"
-        path.write_bytes(content)
-        with pytest.raises(BundleError, match=r"w\.safetensors: not a readable weights file \(.*\); copy or export"):
-            mapped_weights(path)
+        def slow(worker: int, _first: int, _last: int) -> None:
+            time.sleep(0.3)
+            ended.append(worker)
+
+        def interrupted(*_: object) -> None:
+            raise InterruptedError
+
+        before = signal.signal(signal.SIGALRM, interrupted)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            with pytest.raises(InterruptedError):
+                Workers(2).share(2, slow)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert sorted(ended) == [0, 1]
+
+    def test_a_block_is_let_go_rather_than_given_on(self, tiny_bundle, monkeypatch):
+        pipe = var_deploy.load(tiny_bundle, decoder="winograd")
+        config = pipe.bundle.manifest.vqvae
+        f_hat = np.zeros((1, config.z_channels, *[config.latent_size] * 2), np.float32)
+        given: list[object] = []
+        monkeypatch.setattr(pipe.engine._workspace, "give", given.append)
+
+        def interrupted(*_: object) -> np.ndarray:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WinogradDecoder, "_image", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pipe.engine.decode(f_hat)
+        assert given == []
+        pipe.engine.decode(f_hat)
+        assert len(given) == 1
+
+
+FORKED = """
+import os, sys, numpy as np, var_deploy
+from var_deploy.errors import EngineError
+from var_deploy.products import single_threaded
+pipe = var_deploy.load(sys.argv[1], decoder="winograd", cache=False)
+config = pipe.bundle.manifest.vqvae
+f_hat = np.zeros((1, config.z_channels, config.latent_size, config.latent_size), np.float32)
+pipe.engine.decode(f_hat)
+with single_threaded():
+    child = os.fork()
+if child == 0:
+    try:
+        pipe.engine.decode(f_hat)
+    except EngineError as error:
+        print(error)
+    with single_threaded():
+        os._exit(0 if single_threaded._inside == 1 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_is_told_instead_of_waiting_for_threads_that_are_not_there(tiny_bundle):
+    done = subprocess.run([sys.executable, "-c", FORKED, str(tiny_bundle)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "decoder: this process was forked after the bundle was loaded; load it after the fork\n"
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_requests_side_by_side_give_the_pictures_of_one_by_one(tiny_bundle, smooth):
+    """Caches and maps come from one workspace, the matrix library has one number of threads: nothing of it shows."""
+    pipe = var_deploy.load(tiny_bundle, decoder="winograd")
+    image = pipe.generate([0], seeds=9).pixels
+
+    def request(seed: int) -> tuple[np.ndarray, ...]:
+        previews: list[np.ndarray] = []
+
+        def on_scale(preview: Preview) -> None:
+            if preview.scale % 3 == seed % 3:
+                previews.append(np.asarray(preview.images[0]))
+
+        out = pipe.generate([seed % 3, 1], seeds=seed, smooth=smooth, on_scale=on_scale)
+        return out.pixels, *previews, pipe.reconstruct(image)
+
+    alone = [request(seed) for seed in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        for seed, found in enumerate(pool.map(request, list(range(6)) * 2)):
+            for ours, theirs in zip(found, alone[seed % 6], strict=True):
+                np.testing.assert_array_equal(ours, theirs)

@@ -59,16 +59,16 @@ def feature_distance(a: LabelledImages, b: LabelledImages) -> float:
 
     ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a·Σ_b)^½) (Heusel et al., arXiv 1706.08500, section 2).
     """
-    from scipy.linalg import sqrtm
-
     means, covariances = [], []
     for images in (a, b):
         features = features_NF(images).astype(np.float64)
         means.append(features.mean(axis=0))
         covariances.append(np.cov(features, rowvar=False))
-    # Rounding makes the root of a singular product slightly complex.
-    root = np.real(sqrtm(covariances[0] @ covariances[1]))
-    return float(np.square(means[0] - means[1]).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+    # The trace of the root is the sum of the eigenvalues' roots, which rounding makes slightly negative or complex.
+    eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1])
+    trace_of_root = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()
+    traces = np.trace(covariances[0]) + np.trace(covariances[1])
+    return float(np.square(means[0] - means[1]).sum() + traces - 2 * trace_of_root)
 
 
 def quality_report(generated: LabelledImages, train: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:

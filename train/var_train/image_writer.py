@@ -6,12 +6,9 @@ Files are PNG, the same bytes in both layouts, and repeat from one run to the ne
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -20,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from var_deploy.errors import DataError
+from var_deploy.staging import put_in_place, require_absent, staging_directory
 
 SHARD_SIZE = 1000  #: images
 
@@ -94,29 +92,12 @@ def _png(image: Image.Image) -> bytes:
 @contextmanager
 def _new_directory(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` if the block succeeds and vanishes if it does not."""
-    _require_absent(out)
-    made_parents = [parent for parent in out.parents if not os.path.lexists(parent)]  # innermost first
-    staging: Path | None = None
+    require_absent(out, DataError)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
-        _require_absent(out)  # rename would replace an empty directory
-        staging.rename(out)
-        made_parents = []
+        with staging_directory(out) as staging:
+            yield staging
+            put_in_place(staging, out, DataError)
     except OSError as error:
         raise DataError(
             f"{out}: cannot write ({error.strerror or error}); free space or choose another place"
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        for parent in made_parents:
-            with suppress(OSError):
-                parent.rmdir()
-
-
-def _require_absent(out: Path) -> None:
-    if os.path.lexists(out):
-        raise DataError(f"{out}: exists already; nothing is overwritten, choose another name or remove it")

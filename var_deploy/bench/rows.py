@@ -61,6 +61,7 @@ class BenchRow:
     guidance: float
     seconds: Spread
     images_per_second: float
+    parts: int  #: runs that the batch took, to fit in memory
     stages: dict[str, float]  #: median seconds per stage
     device_seconds: Spread | None = None
     without_decoder: Spread | None = None

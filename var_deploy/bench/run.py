@@ -113,6 +113,7 @@ class _Run:
         self._pipe, self._batches = pipe, batches
         self._repeats, self._warmup, self._limit_seconds = repeats, warmup, limit_seconds
         self._guidance, self._threads, self._progress = guidance, threads, progress
+        self._parts: dict[int, int] = {}  # by batch
         self._clock = cuda_clock(pipe.engine)
         self._manifest = pipe.bundle.manifest
         self._device = str(getattr(pipe.engine, "device", "cpu"))
@@ -147,6 +148,7 @@ class _Run:
         labels = [i % self._manifest.var.num_classes for i in range(batch)]
         done = self._pipe.generate(labels, seeds=0, guidance=self._guidance)
         assert len(done.images) == batch  # pictures are part of what is timed
+        self._parts[batch] = max(done.parts, self._parts.get(batch, 1))
         return done.timings
 
     def _warm_up(self, batch: int) -> None:
@@ -201,6 +203,7 @@ class _Run:
             guidance=self._manifest.sampling.guidance if self._guidance is None else self._guidance,
             seconds=spread,
             images_per_second=batch / spread.median,
+            parts=self._parts[batch],
             stages={name: float(np.median([t[name] for t in timings])) for name in timings[0]} if stages else {},
             failed=failed,
         )

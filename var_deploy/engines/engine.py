@@ -80,6 +80,10 @@ class Planned(Protocol):
         """Bytes while a batch of images is generated."""
         ...
 
+    def memory_reused(self) -> int:
+        """Bytes of the requests that run now which the system takes for free."""
+        ...
+
 
 #: Hears of scale k once its codes were added: k, tokens int64 [B, n_k], f_hat [B, C, h, h]; copies, free to keep.
 ScaleListener = Callable[[int, np.ndarray, np.ndarray], None]

@@ -1,15 +1,17 @@
 """ONNX Runtime engine on a CPU: IO binding, caches written in place, every weight in memory once.
 
 ONNX Runtime packs a private copy of each matrix per session, so one session per scale would hold the weights K times
-over. Hence two ways to run: "symbolic", one packed session for all scales (the default: fast, weights once), and
-"static", one session per scale that reads the memory-mapped file unpacked (weights once, shared between processes, but
-slower products).
+over. Hence two ways to run: "symbolic", one packed session for all scales (the default: fast, weights once, and shared
+between processes where they are kept: see `prepared`), and "static", one session per scale that reads the memory-mapped
+file unpacked (weights once, shared in any case, but slower products).
 
 The decoder is the bundle's graph, or the same network with fewer multiplications: see `winograd`.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,23 +26,31 @@ from ..bundle import WEIGHTS, Bundle, FileSeal
 from ..config import HEAD_DIM
 from ..cpus import usable_cpus
 from ..errors import EngineError
+from ..memory import release_freed_memory
 from ..memory_budget import onnx_plan
 from ..precision import Precision
 from ..prepared import PreparedCache
 from ..signature import cache_names, scale_graph_name
+from ..workspace import Workspace
 from .engine import Decoder, Graphs
 
 #: A single row of a single token (one unguided image in `condition` and at scale 0) takes ONNX Runtime's matrix-vector
 #: kernel, whose sums round differently. A spare row there keeps an image independent of the batch it came in.
 MIN_ROWS = 2
 
+#: Of a kept session: count up when its options change.
+FORM = "1"
+
 #: Bundles with fewer bytes of weights are loaded in a moment, so nothing is kept for them.
 MIN_PREPARED = 64_000_000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class OnnxState:
-    """Buffers of one generation, owned here and bound to every step; they have at least MIN_ROWS rows."""
+    """Buffers of one generation, bound to every step; they have at least MIN_ROWS rows.
+
+    The caches are the workspace's: once the state has ended they are another's, so nothing else may hold them.
+    """
 
     rows: int  # R
     conditions: dict[str, np.ndarray]  # modulation, head_modulation, start
@@ -85,6 +95,7 @@ class OnnxEngine:
         self._releasing = ort.RunOptions()
         self._releasing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._profile = profile
+        self._workspace = Workspace()
         self._prepared = prepared if self._seal(WEIGHTS).size >= MIN_PREPARED else None
         self._symbolic = graphs is Graphs.SYMBOLIC
         # Read once per image with few rows, so packing would cost load time and memory for nothing.
@@ -100,6 +111,9 @@ class OnnxEngine:
             names = [scale_graph_name(k) for k in range(bundle.manifest.var.num_scales)]
             self._scales = [self._session(name, prepack=False) for name in names]
 
+    def memory_reused(self) -> int:
+        return self._workspace.reused
+
     def begin(self, labels_R: np.ndarray) -> OnnxState:
         config, R = self._bundle.manifest.var, len(labels_R)
         labels_R = np.resize(labels_R.astype(np.int64), max(R, MIN_ROWS))
@@ -107,12 +121,15 @@ class OnnxEngine:
         with _named_errors("condition"):
             values = self._condition.run(names, {"labels": labels_R}, self._releasing)
         cache_shape = (len(labels_R), config.num_heads, config.num_tokens, HEAD_DIM)
-        # One block, which goes back to the system when the state ends; smaller ones would stay with the allocator.
-        block = np.empty((2 * config.depth, *cache_shape), dtype=self.precision.graph_dtype)
-        caches = dict(zip(cache_names(config.depth), block, strict=True))
+        shape, dtype = (2 * config.depth, *cache_shape), np.dtype(self.precision.graph_dtype)
+        block = self._workspace.take(math.prod(shape) * dtype.itemsize)
+        arrays = np.frombuffer(block, dtype, math.prod(shape)).reshape(shape)
+        caches = dict(zip(cache_names(config.depth), arrays, strict=True))
         f_hat_shape = (len(labels_R), config.z_channels, config.latent_size, config.latent_size)
         f_hat = [np.zeros(f_hat_shape, dtype=np.float32) for _ in range(2)]
-        return OnnxState(R, dict(zip(names, values, strict=True)), caches, f_hat)
+        state = OnnxState(R, dict(zip(names, values, strict=True)), caches, f_hat)
+        weakref.finalize(state, self._workspace.give, block).atexit = False
+        return state
 
     def step(self, state: OnnxState, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
         config = self._bundle.manifest.var
@@ -177,7 +194,12 @@ class OnnxEngine:
 
         weights = self._bundle.file(WEIGHTS)
         return WinogradDecoder(
-            self._bundle.manifest.vqvae, weights, self.threads, self._prepared, self._seal(WEIGHTS).sha256
+            self._bundle.manifest.vqvae,
+            weights,
+            self.threads,
+            cache=self._prepared,
+            sha256=self._seal(WEIGHTS).sha256,
+            workspace=self._workspace,
         )
 
     def _packed_scales(self) -> ort.InferenceSession:
@@ -185,16 +207,13 @@ class OnnxEngine:
         graph = self._bundle.manifest.graphs["scales"].file
         if self._prepared is not None:
             weights = self._seal(WEIGHTS)
-            made_from = [ort.__version__, self._seal(graph).sha256, weights.sha256]
-            made: list[ort.InferenceSession] = []
+            made_from = [FORM, ort.__version__, self._seal(graph).sha256, weights.sha256]
+            # Matrices as they are beside the packed ones, in float32 where they are halves.
+            size = 2 * weights.size * (2 if self.precision is Precision.FP16 else 1)
             directory = self._prepared.entry(
-                "scales",
-                made_from,
-                2 * weights.size,  # matrices as they are beside the packed ones
-                lambda into: made.append(self._session("scales", save_to=into / graph)),
+                "scales", made_from, size, lambda into: self._session("scales", save_to=into / graph)
             )
-            if made:
-                return made[0]
+            release_freed_memory()  # packed matrices that were this process's own, where it has just made the entry
             if directory is not None:
                 try:
                     return self._session("scales", path=directory / graph)

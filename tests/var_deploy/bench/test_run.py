@@ -142,6 +142,7 @@ def test_pictures_are_part_of_what_is_timed(pipe, monkeypatch):
 
     class Done:
         timings = {"all": 1.0}  # noqa: RUF012
+        parts = 1
 
         @property
         def images(self) -> list[None]:

@@ -66,10 +66,15 @@ class Residual:
     weight_CO: np.ndarray | None = None
 
 
+def filled(outputs: int) -> int:
+    """The least width of whole LANES that holds so many outputs."""
+    return -(-outputs // LANES) * LANES
+
+
 def transformed(workers: Workers, weight_OC33: np.ndarray) -> np.ndarray:
     """A convolution's weights as the products take them: U [36, C, width], the outputs filled up to whole LANES."""
     outputs, C = weight_OC33.shape[:2]
-    U_PCO = np.zeros((PLANES, C, -(-outputs // LANES) * LANES), dtype=np.float32)
+    U_PCO = np.zeros((PLANES, C, filled(outputs)), dtype=np.float32)
     workers.share(C, lambda _, first, last: transformed_weights(weight_OC33, first, last, U_PCO))
     return U_PCO
 

@@ -6,9 +6,13 @@ and leaves the sums that the next GroupNorm needs, so a map is written once and 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
+import numba
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -16,9 +20,13 @@ from ...config import GROUPS, VQVAEConfig
 from ...errors import BundleError
 from ...mapped_weights import mapped_weights
 from ...prepared import PreparedCache
-from .convolution import Convolution, Doubled, Normed, Residual, transformed
+from ...products import single_threaded
+from ...workspace import Workspace
+from .convolution import Convolution, Doubled, Normed, Residual, filled, transformed
 from .deep_level import NORM_EPS, DeepLevel
-from .workers import Workers, products
+from .kernels import PLANES
+from .layout import decoder_shapes, finer_convolutions
+from .workers import Workers
 
 #: File of the transformed weights.
 KEPT = "decoder.safetensors"
@@ -31,75 +39,72 @@ class WinogradDecoder:
     """The decoder of one bundle; one image after the other, each with all workers."""
 
     def __init__(
-        self, vqvae: VQVAEConfig, weights_file: Path, threads: int, cache: PreparedCache | None = None, sha256: str = ""
+        self,
+        vqvae: VQVAEConfig,
+        weights_file: Path,
+        threads: int,
+        *,
+        cache: PreparedCache | None = None,
+        sha256: str = "",
+        workspace: Workspace | None = None,
     ) -> None:
         """weights_file: of the bundle, with its digest; the deepest level's weights are used in place.
 
         cache: where the transformed weights of the finer levels are kept and mapped. Without it they are made here.
-        Raises BundleError where one of those is missing or does not fit.
+        workspace: where the maps are taken from, so that they share their memory with what runs before.
+        Raises BundleError where one is missing or does not fit the configuration.
         """
-        self._vqvae, self._weights = vqvae, mapped_weights(weights_file)
+        self._vqvae, self._weights = vqvae, _checked(vqvae, weights_file)
         self._widths = [vqvae.ch * m for m in vqvae.ch_mult]
         self._workers = Workers(threads)
         self._deep = DeepLevel(self._workers, self._weights, vqvae)
         U_PCO = self._transformed_or_kept(weights_file, cache, sha256)
         self._convolutions = {name: Convolution(self._workers, U, self._bias(name)) for name, U in U_PCO.items()}
-        self._slots = [np.empty(cells, dtype=np.float32) for cells in self._slot_sizes()]
-        self._lock = Lock()  # the buffers are there once
+        self._workspace = workspace or Workspace()
+        self._lock = Lock()  # the workers' buffers are there once
 
     def __call__(self, f_hat_BChh: np.ndarray) -> np.ndarray:
         """Pixels [B, 3, R, R] in [0, 1] of f_hat [B, C, h, h]."""
-        with self._lock, products.single_threaded():  # the workers are the threads
-            return np.stack([self._image(f_hat_Chh) for f_hat_Chh in np.asarray(f_hat_BChh, dtype=np.float32)])
+        with self._lock, single_threaded(), self._maps() as slots:  # the workers are the threads
+            images = np.asarray(f_hat_BChh, dtype=np.float32)
+            return np.stack([self._image(f_hat_Chh, slots) for f_hat_Chh in images])
 
-    def _finer_convolutions(self) -> dict[str, tuple[int, int]]:
-        """Name → outputs and inputs of every convolution above the deepest level, in the order they run."""
-        widths, found = self._widths, {}
-        for level in reversed(range(len(widths) - 1)):
-            below, width = widths[level + 1], widths[level]
-            found[f"decoder.up.{level + 1}.upsample.conv"] = below, below
-            for j in range(self._vqvae.num_res_blocks + 1):
-                found[f"decoder.up.{level}.block.{j}.conv1"] = width, (below if j == 0 else width)
-                found[f"decoder.up.{level}.block.{j}.conv2"] = width, width
-        found["decoder.conv_out"] = 3, widths[0]
-        return found
+    @contextmanager
+    def _maps(self) -> Iterator[list[np.ndarray]]:
+        """Room for the largest map in each of three slots."""
+        ends = np.cumsum(self._slot_sizes())
+        block = self._workspace.take(int(4 * ends[-1]))
+        yield np.split(np.frombuffer(block, np.float32, int(ends[-1])), ends[:-1])
+        self._workspace.give(block)  # after an error it is let go instead: a worker may still write to it
 
     def _transformed_or_kept(
         self, weights_file: Path, cache: PreparedCache | None, sha256: str
     ) -> dict[str, np.ndarray]:
         if cache is None:
             return self._transformed(weights_file)
-        made: dict[str, np.ndarray] = {}
-
-        def make(directory: Path) -> None:
-            made.update(self._transformed(weights_file))
-            save_file(made, directory / KEPT)
-
-        size = 4 * weights_file.stat().st_size  # 36 planes for 9 taps
-        directory = cache.entry("decoder", [FORM, sha256], size, make)
-        if directory is not None and not made:
+        shapes_OC = {name: self._weights[f"{name}.weight"].shape[:2] for name in finer_convolutions(self._vqvae)}
+        shapes_PCO = {name: (PLANES, inputs, filled(outputs)) for name, (outputs, inputs) in shapes_OC.items()}
+        size = sum(4 * math.prod(shape) for shape in shapes_PCO.values())
+        directory = cache.entry(
+            "decoder",
+            [FORM, numba.__version__, sha256],
+            size,
+            lambda into: save_file(self._transformed(weights_file), into / KEPT),
+        )
+        if directory is not None:
             try:
                 found = mapped_weights(directory / KEPT)
-                if found.keys() != self._finer_convolutions().keys():
+                if {name: U_PCO.shape for name, U_PCO in found.items()} != shapes_PCO:
                     raise BundleError(f"{directory / KEPT}: holds other weights")
                 return found
             except BundleError as error:  # deleted meanwhile, or damaged where digests are not compared
                 cache.discard(directory, error)
-        return made or self._transformed(weights_file)
+        return self._transformed(weights_file)
 
     def _transformed(self, weights_file: Path) -> dict[str, np.ndarray]:
         """U of every finer convolution."""
-        # A mapping of its own: what is read once does not stay in this process.
-        once, found = mapped_weights(weights_file), {}
-        for name, shape_OC in self._finer_convolutions().items():
-            weight_OC33 = once.get(f"{name}.weight", np.empty(0))
-            if weight_OC33.shape != (*shape_OC, 3, 3) or weight_OC33.dtype != np.float32:
-                got = f"{weight_OC33.dtype} {weight_OC33.shape}" if weight_OC33.size else "none"
-                raise BundleError(
-                    f"{weights_file}: {name}.weight: got {got}, expected float32 {(*shape_OC, 3, 3)}; export it again"
-                )
-            found[name] = transformed(self._workers, weight_OC33)
-        return found
+        once = mapped_weights(weights_file)  # a mapping of its own: what is read once does not stay in this process
+        return {name: transformed(self._workers, once[f"{name}.weight"]) for name in finer_convolutions(self._vqvae)}
 
     def _bias(self, name: str) -> np.ndarray:
         """With that of the shortcut which the convolution's result is added to."""
@@ -122,37 +127,38 @@ class WinogradDecoder:
         largest = max(side**2 * width for side, width in zip(sides, wide, strict=True))
         return largest, largest, max(shortcuts, default=0)
 
-    def _image(self, f_hat_Chh: np.ndarray) -> np.ndarray:
+    def _image(self, f_hat_Chh: np.ndarray, slots: list[np.ndarray]) -> np.ndarray:
         """One image: pixels [3, R, R]."""
+
+        def map_of(slot: int, side: int, width: int) -> np.ndarray:
+            return slots[slot][: side * side * width].reshape(side, side, width)
+
         deepest = len(self._widths) - 1
         side, x_slot, y_slot = self._vqvae.latent_size, 0, 1
-        x_HWC = self._map(x_slot, side, self._widths[-1])
+        x_HWC = map_of(x_slot, side, self._widths[-1])
         x_HWC[...] = self._deep(np.ascontiguousarray(f_hat_Chh)).transpose(1, 2, 0)
         sums_2C = np.stack([x_HWC.sum(axis=(0, 1), dtype=np.float64), np.square(x_HWC, dtype=np.float64).sum((0, 1))])
         for level in reversed(range(deepest)):
             side, below = 2 * side, x_HWC
             x_slot, y_slot = y_slot, 1 - y_slot
-            x_HWC = self._map(x_slot, side, self._widths[level + 1])
+            x_HWC = map_of(x_slot, side, self._widths[level + 1])
             sums_2C = self._convolutions[f"decoder.up.{level + 1}.upsample.conv"](Doubled(below), x_HWC)
             for j in range(self._vqvae.num_res_blocks + 1):
                 name, width = f"decoder.up.{level}.block.{j}", self._widths[level]
-                y_HWC = self._map(y_slot, side, width)
+                y_HWC = map_of(y_slot, side, width)
                 y_sums = self._convolutions[f"{name}.conv1"](self._normed(x_HWC, sums_2C, f"{name}.norm1"), y_HWC)
                 residual, out_HWC = Residual(x_HWC), x_HWC
                 if x_HWC.shape[-1] != width:
                     weight_OC = self._weights[f"{name}.nin_shortcut.weight"].reshape(width, -1)
                     residual, x_slot = Residual(x_HWC, weight_OC.T), 2
-                    out_HWC = self._map(x_slot, side, width)
+                    out_HWC = map_of(x_slot, side, width)
                 source = self._normed(y_HWC, y_sums, f"{name}.norm2")
                 sums_2C = self._convolutions[f"{name}.conv2"](source, out_HWC, residual)
                 x_HWC = out_HWC
         out = self._convolutions["decoder.conv_out"]
-        pixels_RRC = self._map(y_slot, side, out.width)
+        pixels_RRC = map_of(y_slot, side, out.width)
         out(self._normed(x_HWC, sums_2C, "decoder.norm_out"), pixels_RRC)
         return np.clip(pixels_RRC[..., :3].transpose(2, 0, 1) * np.float32(0.5) + np.float32(0.5), 0, 1)
-
-    def _map(self, slot: int, side: int, width: int) -> np.ndarray:
-        return self._slots[slot][: side * side * width].reshape(side, side, width)
 
     def _normed(self, x_HWC: np.ndarray, sums_2C: np.ndarray, name: str) -> Normed:
         """GroupNorm as a scale and a shift per channel, from the sums of a map's values and squares."""
@@ -163,3 +169,14 @@ class WinogradDecoder:
         scale_C = np.repeat(rstd_G, group) * self._weights[f"{name}.weight"]
         shift_C = self._weights[f"{name}.bias"] - np.repeat(mean_G, group) * scale_C
         return Normed(x_HWC, scale_C.astype(np.float32), shift_C.astype(np.float32))
+
+
+def _checked(vqvae: VQVAEConfig, weights_file: Path) -> dict[str, np.ndarray]:
+    """The decoder's weights, mapped. Raises BundleError."""
+    found = mapped_weights(weights_file)
+    for name, shape in decoder_shapes(vqvae).items():
+        weight = found.get(name)
+        if weight is None or weight.shape != shape or weight.dtype != np.float32:
+            got = "none" if weight is None else f"{weight.dtype} {weight.shape}"
+            raise BundleError(f"{weights_file}: {name}: got {got}, expected float32 {shape}; export it again")
+    return found

@@ -12,6 +12,7 @@ that nothing overlaps, between two rows of a map it cannot. All arrays are float
 from __future__ import annotations
 
 import math
+from functools import wraps
 from typing import Any
 
 import numba
@@ -33,10 +34,22 @@ def _compiled(function: Any) -> Any:
     """Machine code for a function that holds no lock while it runs, kept on disk where there is a place for it."""
     # Products and sums may be fused, zeros lose their sign; infinities and NaNs stay what they are.
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "nsz"}, "error_model": "numpy"}
+    without = numba.njit(function, **options)
     try:
-        return numba.njit(function, cache=True, **options)
+        kept = numba.njit(function, cache=True, **options)
     except RuntimeError:  # neither the package's directory nor the user's cache can be written: compile every time
-        return numba.njit(function, **options)
+        return without
+
+    @wraps(function)
+    def call(*arrays: Any) -> None:
+        nonlocal kept
+        try:
+            kept(*arrays)
+        except OSError:  # the disk is full: machine code is written before it runs for the first time
+            kept = without
+            kept(*arrays)
+
+    return call
 
 
 @numba.njit(inline="always")
@@ -152,10 +165,18 @@ def rows_from_tiles(  # type: ignore[no-untyped-def]
                     _transform_output(one, i * PATCH * LANES, LANES, two, i * TILE * LANES, LANES)
                 for j in range(TILE):
                     _transform_output(two, j * LANES, TILE * LANES, one, j * LANES, TILE * LANES)
-                for lane in range(2 * LANES):
+                # Sums of what a tile's values differ by from its first one: of a map far from zero float32 would keep
+                # nothing of its variance.
+                for lane in range(LANES):
                     two[lane] = _F(0)
-                for i in range(min(TILE, r - TILE * row)):
-                    for j in range(min(TILE, W - TILE * column)):
+                    two[LANES + lane] = _F(0)
+                    pivot = one[lane] + bias_C[c + lane]
+                    if added:
+                        pivot += residual_rWC[TILE * row, TILE * column, c + lane]
+                    two[2 * LANES + lane] = pivot
+                rows, columns = min(TILE, r - TILE * row), min(TILE, W - TILE * column)
+                for i in range(rows):
+                    for j in range(columns):
                         y, x, cell = TILE * row + i, TILE * column + j, (i * TILE + j) * LANES
                         if added:
                             for lane in range(LANES):
@@ -163,11 +184,14 @@ def rows_from_tiles(  # type: ignore[no-untyped-def]
                         for lane in range(LANES):
                             value = one[cell + lane] + bias_C[c + lane]
                             out_rWC[y, x, c + lane] = value
-                            two[lane] += value
-                            two[LANES + lane] += value * value
+                            rest = value - two[2 * LANES + lane]
+                            two[lane] += rest
+                            two[LANES + lane] += rest * rest
+                cells = np.float64(rows * columns)
                 for lane in range(LANES):
-                    sums_2C[0, c + lane] += two[lane]
-                    sums_2C[1, c + lane] += two[LANES + lane]
+                    pivot_64, rest_64 = np.float64(two[2 * LANES + lane]), np.float64(two[lane])
+                    sums_2C[0, c + lane] += cells * pivot_64 + rest_64
+                    sums_2C[1, c + lane] += (cells * pivot_64 + 2 * rest_64) * pivot_64 + two[LANES + lane]
 
 
 @_compiled

@@ -2,72 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
-from threading import Lock
-from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
-
-class _Products:
-    """Keeps NumPy's matrix library to one thread while any decoder of this process runs.
-
-    Its setting is one for the whole process, so the first decoder to start sets it and the last to end restores it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._running = 0
-        self._before: list[tuple[Any, int]] = []  # libraries and their numbers of threads
-
-    @contextmanager
-    def single_threaded(self) -> Iterator[None]:
-        with self._lock:
-            if self._running == 0:
-                libraries = ThreadpoolController().select(user_api="blas").lib_controllers
-                self._before = [(library, library.num_threads) for library in libraries]
-                for library, _ in self._before:
-                    _set_threads(library, 1)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                if self._running == 0:
-                    for library, threads in self._before:
-                        _set_threads(library, threads)
-
-
-def _set_threads(library: Any, threads: int) -> None:
-    """Whichever thread asks: threadpoolctl lets only the first that ever set a number set another."""
-    release = getattr(library, "clear_controlling_thread", lambda *, force: None)
-    release(force=True)
-    library.set_num_threads(threads)
-    release(force=True)
-
-
-products = _Products()
+from ...errors import EngineError
 
 
 class Workers:
-    """A fixed number of threads; NumPy's matrix products and the compiled loops run in them without Python's lock."""
+    """A fixed number of threads; NumPy's matrix products and the compiled loops run in them without Python's lock.
+
+    Threads do not live on in a child that is forked, so there it refuses to work instead of waiting for them.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._process = os.getpid()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="var-decoder")
         self._scratch: list[dict[str, np.ndarray]] = [{} for _ in range(count)]
 
     def share(self, total: int, work: Callable[[int, int, int], object]) -> None:
-        """work(worker, first, last) over equal parts of range(total), side by side; returns when all are done."""
+        """work(worker, first, last) over equal parts of range(total), side by side; returns when all are done.
+
+        Raises EngineError in a process that was forked after loading.
+        """
+        if os.getpid() != self._process:
+            raise EngineError("decoder: this process was forked after the bundle was loaded; load it after the fork")
         bounds = [total * i // self.count for i in range(self.count + 1)]
-        parts = enumerate(pairwise(bounds))
-        done = [self._pool.submit(work, worker, first, last) for worker, (first, last) in parts if first < last]
-        wait(done)  # all of them, whatever fails: the caller's buffers are theirs until then
+        done: list[Future[object]] = []
+        try:
+            for worker, (first, last) in enumerate(pairwise(bounds)):
+                if first < last:
+                    done.append(self._pool.submit(work, worker, first, last))
+        finally:
+            try:
+                wait(done)
+            except BaseException:  # Ctrl-C, say
+                wait(done)  # the caller's buffers are the workers' until all are done
+                raise
         for future in done:
             future.result()
 
