@@ -25,6 +25,7 @@ from var_train.checkpoint_files import MANIFEST as CHECKPOINT_MANIFEST
 
 from .calibration import calibration as calibration_of
 from .deploy_view import deploy_weights
+from .importer_rules import importer_problems
 from .int8_plan import Int8Plan, int8_plan
 from .precision import AUTO, bundle_precision, stored_weights
 from .smoothing import smoothed_weights
@@ -137,6 +138,7 @@ def write_bundle(
             path = staging / spec.file
             path.write_bytes(_serialized(_graph(name, pair, spec, layout, precision)))
             onnx.checker.check_model(path)
+            _check_importer(spec.file, onnx.load(path, load_external_data=False), precision)
             digests[spec.file] = sha256_of(path)
         manifest = Manifest(
             var=pair.var,
@@ -164,6 +166,18 @@ def _graph(name: str, pair: CheckpointPair, spec: GraphSpec, layout: WeightsLayo
         return encoder_graph(pair.vqvae, spec, layout, precision)
     k = None if name == "scales" else int(name.removeprefix("scale_"))
     return scale_graph(pair.var, pair.vqvae, k, layout, spec, precision)
+
+
+def _check_importer(file: str, model: onnx.ModelProto, precision: Precision) -> None:
+    """Float graphs are for TensorRT too; one that its importer would refuse is an error of this package."""
+    if precision is Precision.INT8:
+        return
+    axes = {"R", "B", "n", "n_prev"} if file == "scales.onnx" else {"R", "B"}
+    problems = importer_problems(model, free_axes=frozenset(axes))
+    if problems:
+        raise BundleError(
+            f"{file}: breaks a rule of TensorRT's importer: {problems[0]}; report the checkpoint's shapes"
+        )
 
 
 def _serialized(model: ir.Model) -> bytes:

@@ -1,7 +1,8 @@
 """How every weight of a bundle is stored and every product of its graphs is computed, in each precision.
 
 fp32: as the reference computes. fp16, bf16: weights, products, attention and caches in the half type; residual stream,
-statistics of norms, lengths of q and k, AdaLN sums, logits, embeddings of codes and positions and quantiser in float32.
+statistics of norms, lengths of q and k, softmax, AdaLN sums, logits, embeddings of codes and positions and quantiser in
+float32.
 
 int8, for ONNX Runtime on a CPU: W[K, N] ≈ w·t with integers |w| ≤ 63 and a float32 scale t per column; a row of x ≈
 (u − 128)·s with u = round(x / s) + 128, s = max|x| / 127; then x·W + b = ((u − 128)·w)·t·s + b, with an exact sum of

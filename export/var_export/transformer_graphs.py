@@ -8,7 +8,7 @@ One function, `scale_graph`, writes a scale of any kind. What differs between a 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -95,7 +95,10 @@ def scale_graph(
             cache_RHLd = b.op("TensorScatter", b.input(name), update_RHnd, write_indices, axis=2, mode="linear")
             outputs[f"{name}.out"] = cache_RHLd
             cached.append(scale.valid(cache_RHLd))
-        attended = b.op("Attention", q, *cached, scale=1.0 if var.attn_l2_norm else PLAIN_SCALE)
+        attributes: dict[str, Any] = {"scale": 1.0 if var.attn_l2_norm else PLAIN_SCALE}
+        if b.activation != "float32":
+            attributes["softmax_precision"] = ir.DataType.FLOAT
+        attended = b.op("Attention", q, *cached, **attributes)
         merged_RnD = b.reshape(b.op("Transpose", attended, perm=[0, 2, 1, 3]), 0, -1, var.embed_dim)
         y_RnD = product(b, merged_RnD, f"blocks.{i}.attn.proj")
         x_RnD = b.op("Add", x_RnD, b.op("Mul", wide(b, y_RnD), gamma1))
