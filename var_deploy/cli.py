@@ -116,6 +116,55 @@ def export(
 
 
 @app.command()
+def build(
+    bundle: BundlePath,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the bundle, to be sure of it: plans compute as it was exported.")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="MIN:OPT:MAX", help="Images per request.")] = "1:1:8",
+    layout: Annotated[
+        str, typer.Option(help="per-scale: a plan and a copy of the weights for each; profiles: one for all scales.")
+    ] = "per-scale",
+    workspace: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Scratch memory of a kernel, in MB or as 4GB; default TensorRT's."),
+    ] = None,
+    optimization_level: Annotated[int, typer.Option(min=0, max=5, help="Higher builds longer.")] = 3,
+    trtexec: Annotated[bool, typer.Option("--trtexec", help="Build nothing, print the lines for trtexec.")] = False,
+) -> None:
+    """Build TensorRT plans of a bundle on this machine's GPU; what is there already stays."""
+    from rich.progress import Progress
+
+    from .bundle import Bundle
+
+    plans = _needs("var_export.tensorrt_plans", "export")
+    asked = plans.Batch.parse(batch), plans.Layout.parse(layout)
+    opened = Bundle.open(bundle, verify_digests=False)
+    if precision is not None and precision != opened.manifest.precision:
+        raise RequestError(
+            f"precision: the bundle has {opened.manifest.precision}, got {precision!r}; "
+            f"export --precision {precision} first"
+        )
+    if trtexec:
+        print("\n".join(plans.trtexec_lines(opened, *asked)))
+        return
+    builder = _needs("var_export.tensorrt", "export")
+    with Progress(console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading TensorRT", total=None)
+        directory = builder.build_plans(
+            bundle,
+            batch=asked[0],
+            layout=asked[1],
+            workspace=_bytes(workspace),
+            optimization_level=optimization_level,
+            progress=lambda plan, what, done, total: bar.update(
+                task, description=f"{plan}: {what}", completed=done, total=total or None
+            ),
+        )
+    print(directory)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Bundle directory or checkpoint.")],
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes of the memory plan.")] = [1, 8, 64],  # noqa: B006

@@ -228,13 +228,24 @@ def test_a_second_signal_ends_at_once(var_toml, small_images, tmp_path, number, 
     process.send(number)  # by a launcher, which had it too
     time.sleep(1.1)
     assert not process.ended()  # it waits for the iteration to end
-    for _ in range(20):  # once may be too soon after the first, where that was acted on late
-        process.send(number)
-        if process.ended(1.5):
-            break
+    process.send(number)
     assert process.wait() == status, process.stderr
     assert "Traceback" not in process.stderr
     assert steps(out) == [3]
+
+
+def test_ctrl_c_twice_ends_what_was_started_in_the_background_too(monkeypatch):
+    """A shell starts that with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(run_loop, "ECHO", -1.0)
+        with run_loop._Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_process_that_was_started_anew_stops_and_goes_on_as_well(warm, var_toml, tmp_path):

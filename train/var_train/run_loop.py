@@ -235,6 +235,8 @@ class _Signals:
             self.number, self._since = number, time.monotonic()
         elif time.monotonic() - self._since > ECHO:
             self._restore()
+            if signal.getsignal(number) == signal.SIG_IGN:  # so a shell starts what it puts in the background
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
 
     def _restore(self) -> None:

@@ -1,0 +1,151 @@
+"""Which TensorRT plans a bundle needs, as data: graphs, optimization profiles, memory. No TensorRT, no GPU.
+
+Two layouts. "per-scale": a plan for every static graph, each with its own copy of the weights in GPU memory, as
+TensorRT shares none between engines. "profiles": one plan of the symbolic graph with a profile per scale, pinned to
+that scale's lengths, over one copy of the weights. Rows of the transformer run from one unguided image to the largest
+guided batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from var_deploy.bundle import Bundle
+from var_deploy.errors import BundleError, RequestError
+from var_deploy.precision import Precision
+from var_deploy.signature import GraphSpec, scale_graph_name
+
+
+class Layout(StrEnum):
+    """How the scales are laid out in plans."""
+
+    PER_SCALE = "per-scale"
+    PROFILES = "profiles"
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Raises RequestError."""
+        if text not in list(cls):
+            raise RequestError(f"layout: got {text!r}, expected {' or '.join(cls)}")
+        return cls(text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Images per request: the fewest, those that kernels are tuned for, the most."""
+
+    least: int
+    tuned: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> Batch:
+        """Of "1:1:8", or of one number for all three. Raises RequestError."""
+        parts = text.split(":")
+        if len(parts) in (1, 3) and all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+            least, tuned, most = map(int, parts * 3 if len(parts) == 1 else parts)
+            if 1 <= least <= tuned <= most:
+                return cls(least=least, tuned=tuned, most=most)
+        raise RequestError(f"batch: got {text!r}, expected MIN:OPT:MAX of images with 1 ≤ MIN ≤ OPT ≤ MAX, like 1:1:8")
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.tuned}:{self.most}"
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Least, tuned and largest shape of every input, and values of inputs that lengths are computed from."""
+
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+    values: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One plan to build."""
+
+    name: str
+    graph: str  #: file in the bundle
+    profiles: tuple[Profile, ...]
+
+
+def plans_of(bundle: Bundle, batch: Batch, layout: Layout) -> list[Plan]:
+    """All plans that `generate` and `encode` need. Raises BundleError for a bundle that TensorRT cannot run."""
+    manifest = bundle.manifest
+    if manifest.precision is Precision.INT8:
+        raise BundleError(
+            f"{bundle.path}: an int8 bundle has operators of ONNX Runtime alone; export fp16, bf16 or fp32 for TensorRT"
+        )
+    scales = range(manifest.var.num_scales)
+    plans = [_plan("condition", manifest.graphs["condition"], batch)]
+    if layout is Layout.PER_SCALE:
+        names = [scale_graph_name(k) for k in scales]
+        plans += [_plan(name, manifest.graphs[name], batch) for name in names]
+    else:
+        spec, lengths = manifest.graphs["scales"], manifest.var.tokens_per_scale
+        pinned = [{"n": lengths[k], "n_prev": lengths[max(k - 1, 0)]} for k in scales]
+        profiles = tuple(_profile(spec, batch, axes, {"scale": k}) for k, axes in enumerate(pinned))
+        plans.append(Plan(name="scales", graph=spec.file, profiles=profiles))
+    return plans + [_plan(name, manifest.graphs[name], batch) for name in ("finish", "decoder", "encoder")]
+
+
+def _plan(name: str, spec: GraphSpec, batch: Batch) -> Plan:
+    return Plan(name=name, graph=spec.file, profiles=(_profile(spec, batch, {}, {}),))
+
+
+def _profile(spec: GraphSpec, batch: Batch, pinned: dict[str, int], values: dict[str, int]) -> Profile:
+    """pinned: symbolic axes that this profile fixes."""
+    open_axes = {
+        "R": (batch.least, 2 * batch.tuned, 2 * batch.most),
+        "B": (batch.least, batch.tuned, batch.most),
+        **{name: (length,) * 3 for name, length in pinned.items()},
+    }
+
+    def shape(axes: tuple[int | str, ...], which: int) -> Shape:
+        return tuple(axis if isinstance(axis, int) else open_axes[axis][which] for axis in axes)
+
+    shapes = {
+        tensor.name: (shape(tensor.shape, 0), shape(tensor.shape, 1), shape(tensor.shape, 2)) for tensor in spec.inputs
+    }
+    return Profile(shapes=shapes, values=values)
+
+
+def weight_copies(layout: Layout, num_scales: int) -> int:
+    """How often the transformer's weights lie in GPU memory."""
+    return num_scales if layout is Layout.PER_SCALE else 1
+
+
+def memory_needed(bundle: Bundle, batch: Batch, layout: Layout) -> int:
+    """Bytes on the GPU that are there for certain when all plans are loaded: weights and caches.
+
+    Activations and scratch memory come on top; only TensorRT knows them, once it has built.
+    """
+    manifest = bundle.manifest
+    of_vqvae = ("decoder.", "encoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+    sizes = bundle.weight_bytes()
+    transformer = sum(size for name, size in sizes.items() if not name.startswith(of_vqvae))
+    rest = sum(sizes.values()) - transformer
+    var, cache_bytes = manifest.var, 4 if manifest.precision is Precision.FP32 else 2
+    caches = cache_bytes * 2 * var.depth * 2 * batch.most * var.num_tokens * var.embed_dim
+    return weight_copies(layout, var.num_scales) * transformer + rest + caches
+
+
+def trtexec_lines(bundle: Bundle, batch: Batch, layout: Layout) -> list[str]:
+    """The same builds by NVIDIA's own tool, for those who would rather use it. Run in the bundle's directory."""
+    lines = []
+    for plan in plans_of(bundle, batch, layout):
+        words = [f"trtexec --onnx={plan.graph} --saveEngine=plans/{plan.name}.plan --stripWeights"]
+        words += ["--timingCacheFile=plans/timing.cache", "--skipInference"]
+        for profile_index, profile in enumerate(plan.profiles):
+            if len(plan.profiles) > 1:
+                words.append(f"--profile={profile_index}")
+            shapes = profile.shapes | {name: ((value,),) * 3 for name, value in profile.values.items()}
+            for which, option in enumerate(("minShapes", "optShapes", "maxShapes")):
+                given = ",".join(f"{name}:{'x'.join(map(str, shape[which]))}" for name, shape in shapes.items())
+                words.append(f"--{option}={given}")
+        lines.append(" ".join(words))
+    return lines

@@ -1,0 +1,319 @@
+"""The builder against TensorRT's real signatures: which calls, with what, in which order. No plan is built."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.export.recorded_tensorrt import Recorder, real_bindings
+from var_deploy.bundle import Bundle
+from var_deploy.cli import app
+from var_deploy.errors import BundleError, EngineError
+from var_export import tensorrt as builder
+from var_export.bundle import write_bundle
+from var_export.tensorrt import Gpu, build_plans
+from var_export.tensorrt_plans import Batch, Layout, plans_of
+from var_train.checkpoint import load_pair
+
+BATCH = Batch(least=1, tuned=1, most=4)
+GPU = Gpu(name="NVIDIA H200", capability=(9, 0), total_memory=150 * 10**9, free_memory=140 * 10**9)
+
+
+@pytest.fixture(scope="module")
+def bindings(tmp_path_factory):
+    return real_bindings(tmp_path_factory.mktemp("bindings"))
+
+
+@pytest.fixture
+def recorder(bindings, monkeypatch) -> Recorder:
+    recorder = Recorder(bindings)
+    built = iter(range(1000))
+    recorder.answers = {
+        ("Builder", "build_serialized_network"): lambda **_: f"plan {next(built)}".encode(),
+        ("ITimingCache", "serialize"): lambda **_: b"timings",
+        ("INetworkDefinition", "num_layers"): lambda: 0,
+    }
+    monkeypatch.setitem(sys.modules, "tensorrt", recorder)
+    return recorder
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def built(bundle: Path, **options: object) -> Path:
+    return build_plans(bundle, **{"batch": BATCH, "gpu": GPU, **options})
+
+
+def test_every_plan_is_built_and_sealed(recorder, bundle):
+    directory = built(bundle)
+    assert directory == bundle / "plans" / "nvidia-h200-sm90-11.4.0.106"
+    plans = plans_of(Bundle.open(bundle), BATCH, Layout.PER_SCALE)
+    assert sorted(path.name for path in directory.glob("*.plan")) == sorted(f"{plan.name}.plan" for plan in plans)
+    assert [call["model"] for call in recorder.of("parse_from_file")] == [str(bundle / plan.graph) for plan in plans]
+    record = json.loads((directory / "plans.json").read_text())
+    assert {key: record[key] for key in ("precision", "batch", "layout")} == {
+        "precision": "fp32",
+        "batch": "1:1:4",
+        "layout": "per-scale",
+    }
+    assert record["plans"].keys() == {plan.name for plan in plans}
+    assert not any(entry["decomposed_attention"] for entry in record["plans"].values())
+    assert (directory / "timing.cache").read_bytes() == b"timings"
+    Bundle.open(bundle)  # still whole
+
+
+def test_order_and_flags_of_one_build(recorder, bundle):
+    built(bundle, workspace=123, optimization_level=5)
+    trt, methods = recorder.trt, [(call.cls, call.method) for call in recorder.calls]
+    first = methods[: methods.index(("Builder", "create_network"), 2)]
+    order = [
+        ("Builder", "__init__"),
+        ("Builder", "create_network"),
+        ("OnnxParser", "__init__"),
+        ("OnnxParser", "parse_from_file"),
+        ("Builder", "create_builder_config"),
+        ("IBuilderConfig", "add_optimization_profile"),
+        ("IBuilderConfig", "set_timing_cache"),
+        ("Builder", "build_serialized_network"),
+        ("IBuilderConfig", "get_timing_cache"),
+    ]
+    places = [first.index(step) for step in order]
+    assert places == sorted(places)
+    flags = [call["flag"] for call in recorder.of("set_flag")]
+    assert set(flags) == {trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.REFIT_IDENTICAL}
+    assert {call["flag"] for call in recorder.of("clear_flag")} == {trt.BuilderFlag.TF32}
+    assert {call["value"] for call in recorder.of("builder_optimization_level")} == {5}
+    assert recorder.of("set_memory_pool_limit")[0] == {"pool": trt.MemoryPoolType.WORKSPACE, "pool_size": 123}
+
+
+def test_halves_keep_their_tensor_cores(recorder, tiny_pair, tmp_path):
+    path = write_bundle(load_pair(*tiny_pair[1:]), tmp_path / "fp16", precision="fp16")
+    built(path)
+    assert recorder.of("clear_flag") == []
+    assert recorder.of("set_memory_pool_limit") == []
+
+
+def test_profiles_are_pinned(recorder, bundle):
+    built(bundle, layout=Layout.PROFILES)
+    scales = Bundle.open(bundle).manifest.var.num_scales
+    pinned = recorder.of("set_shape_input")
+    assert [call["min"] for call in pinned] == [[k] for k in range(scales)]
+    assert all(call["input"] == "scale" and call["min"] == call["opt"] == call["max"] for call in pinned)
+    assert len(recorder.of("extra_memory_target")) == scales - 1
+    shapes = [call for call in recorder.of("set_shape") if call["input"] == "cache_v.1"]
+    assert len(shapes) == scales
+    assert [call["max"][0] for call in shapes] == [8] * scales
+    assert "scale" not in {call["input"] for call in recorder.of("set_shape")}
+
+
+def test_an_interrupted_build_goes_on(recorder, bundle):
+    whole = recorder.answers["Builder", "build_serialized_network"]
+    done = iter(range(3))
+
+    def interrupted(**arguments):
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        return whole(**arguments)
+
+    recorder.answers["Builder", "build_serialized_network"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        built(bundle)
+    recorder.answers["Builder", "build_serialized_network"] = whole
+    recorder.calls.clear()
+    directory = built(bundle)
+    plans = plans_of(Bundle.open(bundle), BATCH, Layout.PER_SCALE)
+    assert len(recorder.of("parse_from_file")) == len(plans) - 3
+    assert recorder.of("create_timing_cache")[0] == {"serialized_timing_cache": b"timings"}
+    recorder.calls.clear()
+    built(bundle)
+    assert recorder.of("parse_from_file") == []
+    # What was damaged, or is of another batch, is built again.
+    (directory / "finish.plan").write_bytes(b"plan x")
+    built(bundle)
+    assert [Path(call["model"]).name for call in recorder.of("parse_from_file")] == ["finish.onnx"]
+    recorder.calls.clear()
+    built(bundle, batch=Batch(least=1, tuned=1, most=5))
+    assert len(recorder.of("parse_from_file")) == len(plans)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"plans": 3}', "{"])
+def test_a_damaged_record_is_no_plan(recorder, bundle, content):
+    directory = built(bundle)
+    (directory / "plans.json").write_text(content)
+    recorder.calls.clear()
+    built(bundle)
+    assert len(recorder.of("parse_from_file")) == len(plans_of(Bundle.open(bundle), BATCH, Layout.PER_SCALE))
+
+
+def test_attention_is_decomposed_where_nothing_fused_fits(recorder, bundle, caplog):
+    attention, kinds = recorder.make("IAttention"), recorder.trt.LayerType
+    recorder.answers |= {
+        ("INetworkDefinition", "num_layers"): lambda: 2,
+        ("ILayer", "type"): iter([kinds.SHUFFLE, kinds.ATTENTION_INPUT]).__next__,
+        ("IAttentionInputLayer", "attention"): lambda: attention,
+    }
+    whole, tries = recorder.answers["Builder", "build_serialized_network"], iter([True, False])
+    recorder.answers["Builder", "build_serialized_network"] = lambda **arguments: (
+        None if next(tries, False) else whole(**arguments)
+    )
+    directory = built(bundle)
+    assert recorder.of("decomposable") == [{"value": True}]
+    assert "condition: no plan with fused attention; trying with several kernels for it" in caplog.text
+    plans = json.loads((directory / "plans.json").read_text())["plans"]
+    assert [name for name, entry in plans.items() if entry["decomposed_attention"]] == ["condition"]
+
+
+def test_a_graph_that_cannot_be_built_leaves_what_was_before(recorder, bundle):
+    recorder.answers["Builder", "build_serialized_network"] = lambda **_: None
+    with pytest.raises(EngineError, match=r"tensorrt: condition.onnx could not be built; TensorRT's messages"):
+        built(bundle)
+    assert list((bundle / "plans").rglob("*.plan")) == []
+
+
+def test_errors_of_the_parser_name_the_node(recorder, bundle):
+    recorder.answers |= {
+        ("OnnxParser", "parse_from_file"): lambda **_: False,
+        ("OnnxParser", "num_errors"): lambda: 2,
+        ("OnnxParser", "get_error"): lambda **_: recorder.make("ParserError"),
+        ("ParserError", "node_name"): lambda: "Attention_9",
+        ("ParserError", "node_operator"): lambda: "Attention",
+        ("ParserError", "desc"): lambda: "no fused kernel",
+    }
+    line = (
+        r"condition.onnx was not read: Attention_9 \(Attention\): no fused kernel; Attention_9 \(Attention\): no fused"
+    )
+    with pytest.raises(EngineError, match=line):
+        built(bundle)
+
+
+def test_messages_and_progress_of_tensorrt_are_passed_on(recorder, bundle, caplog):
+    told: list[tuple[str, str, int, int]] = []
+
+    def build(network: object, config: object) -> bytes:
+        monitor = recorder.of("progress_monitor")[-1]["value"]
+        monitor.phase_start("Building", None, 3)
+        assert monitor.step_complete("Building", 1)
+        monitor.phase_finish("Building")
+        logger = recorder.calls[0].arguments["logger"]
+        logger.log(recorder.trt.ILogger.Severity.WARNING, "slow")
+        logger.log(recorder.trt.ILogger.Severity.VERBOSE, "chatter")
+        return b"plan"
+
+    recorder.answers["Builder", "build_serialized_network"] = build
+    with caplog.at_level(logging.INFO, logger="var_deploy"):
+        built(bundle, progress=lambda *step: told.append(step))
+    assert told[0] == ("condition", "Building", 2, 3)
+    assert "TensorRT: slow" in caplog.text
+    assert "chatter" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (Layout.PER_SCALE, "layout per-scale needs .* GB for 4 copies of the weights and the caches, NVIDIA H200 has "
+                           "0.0 GB free; use layout profiles, or make the batch smaller"),
+        (Layout.PROFILES, "layout profiles needs .* GB for 1 copies of the weights and the caches, NVIDIA H200 has "
+                          "0.0 GB free; make the batch smaller"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_told_before_anything_is_built(recorder, bundle, layout, words):
+    with pytest.raises(EngineError, match=words):
+        built(bundle, layout=layout, gpu=replace(GPU, free_memory=1000))
+    assert recorder.calls == []
+
+
+def test_without_tensorrt(bundle, monkeypatch):
+    monkeypatch.setattr(builder, "find_spec", lambda _: None)
+    with pytest.raises(EngineError, match=r"^tensorrt: not installed: pip install 'var-deploy\[tensorrt\]' where"):
+        built(bundle)
+    with pytest.raises(EngineError, match=r"^tensorrt: cuda-python is not installed: pip install 'var-deploy"):
+        Gpu.current()
+
+
+def test_another_version(recorder, bundle):
+    recorder.__dict__["__version__"] = "10.9.0"
+    with pytest.raises(EngineError, match=r"tensorrt: got version 10\.9\.0, expected 11; pip install"):
+        built(bundle)
+
+
+def test_a_machine_without_a_gpu(recorder, bundle):
+    recorder.answers["Builder", "__init__"] = lambda **_: None
+    with pytest.raises(EngineError, match="no builder could be made; is there an NVIDIA GPU with a driver for CUDA 13"):
+        built(bundle)
+
+
+def test_a_directory_that_cannot_be_written(recorder, bundle):
+    (bundle / "plans").write_text("a file")
+    with pytest.raises(BundleError, match="plans cannot be written"):
+        built(bundle)
+
+
+def test_the_recorder_refuses_what_the_api_does_not_have(recorder):
+    """The control: were it to take anything, no test above could fail."""
+    made = recorder.make("Builder")
+    for wrong in (
+        lambda: recorder.Bilder,
+        lambda: made.build_engine,
+        lambda: recorder.BuilderFlag.FP16,
+        lambda: setattr(recorder.make("IBuilderConfig"), "max_workspace_size", 1),
+    ):
+        with pytest.raises(AttributeError):
+            wrong()
+    for wrong in (
+        lambda: recorder.Builder(),
+        lambda: recorder.Builder("logger"),
+        lambda: made.create_network(0, 1),
+        lambda: made.create_network(flag=0),
+        lambda: recorder.make("IBuilderConfig").set_flag(3),
+        lambda: recorder.make("IOptimizationProfile").set_shape("x", (1,), (1,)),
+        lambda: recorder.make("IBuilderConfig").add_optimization_profile(made),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["build", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_the_command_builds(recorder, bundle, monkeypatch):
+    monkeypatch.setattr(Gpu, "current", classmethod(lambda _: GPU))
+    result = run(bundle, "--batch", "1:2:4", "--layout", "profiles", "--workspace", "2GB", "--precision", "fp32")
+    assert result.exit_code == 0, result.exception
+    assert result.output == f"{bundle / 'plans' / 'nvidia-h200-sm90-11.4.0.106'}\n"
+    assert recorder.of("set_memory_pool_limit")[0]["pool_size"] == 2 * 10**9
+    assert len(recorder.of("set_shape_input")) == Bundle.open(bundle).manifest.var.num_scales
+
+
+def test_the_command_prints_lines_without_tensorrt(bundle):
+    lines = run(bundle, "--trtexec").output.splitlines()
+    assert len(lines) == Bundle.open(bundle).manifest.var.num_scales + 4
+    assert all(line.startswith("trtexec --onnx=") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--batch", "4:2:1"], "batch: got '4:2:1', expected MIN:OPT:MAX of images with 1 ≤ MIN ≤ OPT ≤ MAX"),
+        (["--layout", "one"], "layout: got 'one', expected per-scale or profiles"),
+        (["--precision", "fp16"], "precision: the bundle has fp32, got 'fp16'; export --precision fp16 first"),
+        (["--workspace", "much"], "memory limit: got 'much', expected megabytes or a size with its unit"),
+    ],
+)  # fmt: skip
+def test_wrong_options(bundle, options, line):
+    result = run(bundle, *options)
+    assert result.exit_code == 1
+    assert str(result.exception).startswith(line)
+    assert not (bundle / "plans").exists()
