@@ -47,7 +47,8 @@ INITIALIZERS = {"ReduceL2": 1, "ReduceMax": 1, "ReduceMean": 1, "ReduceSum": 1}
 
 MIN_OPSET, MAX_OPSET = 9, 25
 
-#: Attributes that are not read, with the value that means the same as leaving them out.
+#: Attributes that are not read, with the value that means the same as leaving them out. `softmax_precision` is not read
+#: either; it asks for no more than fused attention does anyway, so it is let pass.
 NOT_READ = {"Attention": {"softcap": 0.0, "qk_matmul_output_mode": 0}}
 
 RESIZE = {

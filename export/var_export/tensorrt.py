@@ -1,4 +1,4 @@
-"""Builds TensorRT plans of a bundle on the GPU that will run them: `BUNDLE/plans/<GPU>-<TensorRT>/`.
+"""Builds TensorRT plans of a bundle on the GPU that will run them: `BUNDLE/plans/<GPU>-<TensorRT>/<layout>-<batch>/`.
 
 Plans are stripped of their weights, which are refitted from the bundle when a plan is loaded, so that they stay on disk
 once. A plan counts when its seal is in `plans.json`; what an interrupted build has finished is not built again. Written
@@ -13,15 +13,13 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from var_deploy.bundle import Bundle, FileSeal, sha256_of
-from var_deploy.errors import BundleError, EngineError
+from var_deploy.errors import BundleError, EngineError, RequestError, VarDeployError
 from var_deploy.output_file import replacing
-from var_deploy.precision import Precision
 
 from .tensorrt_plans import Batch, Layout, Plan, memory_needed, plans_of, weight_copies
 
@@ -40,15 +38,17 @@ class Gpu:
 
     name: str
     capability: tuple[int, int]
-    total_memory: int  #: bytes
-    free_memory: int
+    free_memory: int  #: bytes
 
     @classmethod
     def current(cls) -> Gpu:
         """The one that CUDA has chosen. Raises EngineError."""
-        if find_spec("cuda") is None:
-            raise EngineError("tensorrt: cuda-python is not installed: pip install 'var-deploy[tensorrt]'")
-        from cuda.bindings import runtime
+        try:
+            from cuda.bindings import runtime
+        except ImportError as error:
+            raise EngineError(
+                f"tensorrt: cuda-python cannot be used ({error}): pip install 'var-deploy[tensorrt]'"
+            ) from error
 
         def checked(result: tuple[Any, ...]) -> Any:
             error, *values = result
@@ -58,11 +58,10 @@ class Gpu:
 
         device = checked(runtime.cudaGetDevice())
         properties = checked(runtime.cudaGetDeviceProperties(device))
-        free, total = checked(runtime.cudaMemGetInfo())
+        free, _ = checked(runtime.cudaMemGetInfo())
         return cls(
             name=properties.name.decode().rstrip("\0"),
             capability=(properties.major, properties.minor),
-            total_memory=total,
             free_memory=free,
         )
 
@@ -100,29 +99,33 @@ def build_plans(
             + ("use layout profiles, or " if layout is Layout.PER_SCALE else "")
             + "make the batch smaller"
         )
-    directory = bundle.path / "plans" / gpu.directory(trt.__version__)
+    directory = bundle.path / "plans" / gpu.directory(trt.__version__) / f"{layout}-{batch}".replace(":", "-")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        record = _Record(directory, bundle, batch, layout)
+        options = {"workspace": workspace, "optimization_level": optimization_level}
+        record = _Record(directory, bundle, batch, layout, options)
         builder = _Builder(trt, bundle, directory, workspace, optimization_level, progress)
         for plan in plans:
             if record.holds(plan.name):
                 log.info("%s: built already", directory / f"{plan.name}.plan")
                 continue
             record.add(plan.name, *builder.build(plan))
-    except OSError as error:
-        raise BundleError(f"{directory}: plans cannot be written ({error.strerror or error}); free space") from error
+    except (OSError, RequestError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{directory}: plans cannot be written ({reason})") from error
     return directory
 
 
 def _tensorrt() -> ModuleType:
-    if find_spec("tensorrt") is None:
-        raise EngineError("tensorrt: not installed: pip install 'var-deploy[tensorrt]' where there is an NVIDIA GPU")
-    import tensorrt
-
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(
+            f"tensorrt: cannot be used ({error}): pip install 'var-deploy[tensorrt]' where there is an NVIDIA GPU"
+        ) from error
     version: str = tensorrt.__version__
     if int(version.split(".")[0]) != 11:
-        raise EngineError(f"tensorrt: got version {version}, expected 11; pip install 'var-deploy[tensorrt]'")
+        raise EngineError(f"tensorrt: got version {version}, expected 11.4 or later, before 12; install that")
     module: ModuleType = tensorrt
     return module
 
@@ -130,13 +133,16 @@ def _tensorrt() -> ModuleType:
 class _Record:
     """plans.json: what the plans of a directory were built from, and a seal for each that is whole."""
 
-    def __init__(self, directory: Path, bundle: Bundle, batch: Batch, layout: Layout) -> None:
+    def __init__(
+        self, directory: Path, bundle: Bundle, batch: Batch, layout: Layout, options: dict[str, int | None]
+    ) -> None:
         self._directory, self._path = directory, directory / RECORD
         self._made_from = {
             "bundle": _digest(bundle),
             "precision": str(bundle.manifest.precision),
             "batch": str(batch),
             "layout": str(layout),
+            **options,
         }
         self._plans: dict[str, dict[str, Any]] = {}
         try:
@@ -183,18 +189,23 @@ class _Builder:
     ) -> None:
         self._trt, self._bundle, self._directory, self._progress = trt, bundle, directory, progress
         self._workspace, self._level = workspace, optimization_level
-        self._logger = _logger(trt)
-        self._builder = trt.Builder(self._logger)
-        if self._builder is None:
-            raise EngineError("tensorrt: no builder could be made; is there an NVIDIA GPU with a driver for CUDA 13?")
+        self._has_attention = False  # the network read last
+        self._interrupted: list[BaseException] = []  # by what a callback raised
+        self._logger = _logger(trt, self._interrupted)
+        try:
+            self._builder = trt.Builder(self._logger)
+        except TypeError as error:  # how the bindings tell that there is none
+            raise EngineError(
+                "tensorrt: no builder could be made; is there an NVIDIA GPU with a driver for CUDA 13?"
+            ) from error
 
     def build(self, plan: Plan) -> tuple[FileSeal, bool]:
         """Writes a plan; its seal, and whether attention had to be decomposed."""
         decomposed = False
         serialized = self._serialized(plan, decomposed)
-        if serialized is None:
+        if serialized is None and self._has_attention:
             decomposed = True
-            log.warning("%s: no plan with fused attention; trying with several kernels for it", plan.name)
+            log.warning("%s: no plan; trying with several kernels for attention instead of a fused one", plan.name)
             serialized = self._serialized(plan, decomposed)
         if serialized is None:
             raise EngineError(f"tensorrt: {plan.graph} could not be built; TensorRT's messages are above this line")
@@ -212,14 +223,18 @@ class _Builder:
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             told = "; ".join(f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors)
             raise EngineError(f"tensorrt: {path} was not read: {told}")
-        if decomposed and not _decompose_attention(trt, network):
-            return None
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        attention = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+        self._has_attention = bool(attention)
+        if decomposed:
+            for layer in attention:
+                layer.__class__ = trt.IAttentionInputLayer  # get_layer gives the base class
+                layer.attention.decomposable = True
         config = self._builder.create_builder_config()
         config.builder_optimization_level = self._level
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
-        if self._bundle.manifest.precision is Precision.FP32:
-            config.clear_flag(trt.BuilderFlag.TF32)  # else products have 10 bits of mantissa
+        config.clear_flag(trt.BuilderFlag.TF32)  # what is float32, in halves too, keeps all bits of its mantissa
         if self._workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._workspace)
         for index, profile in enumerate(plan.profiles):
@@ -231,31 +246,31 @@ class _Builder:
                 made.set_shape_input(name, [value], [value], [value])
             if index:
                 made.extra_memory_target = 0.0  # the weights as the first profile has them
-            config.add_optimization_profile(made)
+            if config.add_optimization_profile(made) != index:
+                raise EngineError(f"tensorrt: {plan.graph}: profile {index} was refused; report the model's shapes")
         timing = self._directory / TIMING_CACHE
-        cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-        config.progress_monitor = _monitor(trt, plan.name, self._progress)
+        kept = timing.read_bytes() if timing.is_file() else b""
+        cache = config.create_timing_cache(kept)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            log.warning("%s: of no use here; timing everything anew", timing)
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+        config.progress_monitor = _monitor(trt, plan.name, self._progress, self._interrupted)
         serialized = self._builder.build_serialized_network(network, config)
-        with replacing(timing) as partial:
-            partial.write_bytes(config.get_timing_cache().serialize())
+        try:
+            with replacing(timing) as partial:
+                partial.write_bytes(config.get_timing_cache().serialize())
+        except VarDeployError as error:  # a plan is worth more
+            log.warning("%s: not kept (%s)", timing, error)
+        if self._interrupted:
+            raise self._interrupted[0]
         return serialized
 
 
-def _decompose_attention(trt: ModuleType, network: Any) -> bool:
-    """Lets TensorRT take several kernels for attention; whether there is any in the network."""
-    found = False
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # get_layer gives the base class
-            layer.attention.decomposable = True
-            found = True
-    return found
+def _logger(trt: ModuleType, interrupted: list[BaseException]) -> Any:
+    """TensorRT's messages to the log of this package.
 
-
-def _logger(trt: ModuleType) -> Any:
-    """TensorRT's messages to the log of this package."""
+    What is raised in a callback, Ctrl-C among it, does not get past the bindings: it is kept for later.
+    """
     levels = {
         trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
         trt.ILogger.Severity.ERROR: logging.ERROR,
@@ -269,12 +284,17 @@ def _logger(trt: ModuleType) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
-            log.log(levels[severity], "TensorRT: %s", msg)
+            try:
+                log.log(levels[severity], "TensorRT: %s", msg)
+            except BaseException as error:
+                interrupted.append(error)
 
     return Log()
 
 
-def _monitor(trt: ModuleType, plan: str, progress: Progress) -> Any:
+def _monitor(trt: ModuleType, plan: str, progress: Progress, interrupted: list[BaseException]) -> Any:
+    """Passes steps on, and ends the build once something was raised in a callback."""
+
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -284,8 +304,11 @@ def _monitor(trt: ModuleType, plan: str, progress: Progress) -> Any:
             self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            progress(plan, phase_name, step + 1, self._steps.get(phase_name, 0))
-            return True  # go on
+            try:
+                progress(plan, phase_name, step + 1, self._steps.get(phase_name, 0))
+            except BaseException as error:
+                interrupted.append(error)
+            return not interrupted
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)

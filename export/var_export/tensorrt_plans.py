@@ -125,9 +125,10 @@ def memory_needed(bundle: Bundle, batch: Batch, layout: Layout) -> int:
     Activations and scratch memory come on top; only TensorRT knows them, once it has built.
     """
     manifest = bundle.manifest
-    of_vqvae = ("decoder.", "encoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+    once = ("decoder.", "encoder.", "quant_conv.", "post_quant_conv.", "quantize.", "class_emb.")
     sizes = bundle.weight_bytes()
-    transformer = sum(size for name, size in sizes.items() if not name.startswith(of_vqvae))
+    # AdaLN projections and the embedding of classes are read by `condition` alone.
+    transformer = sum(size for name, size in sizes.items() if not name.startswith(once) and "ada_" not in name)
     rest = sum(sizes.values()) - transformer
     var, cache_bytes = manifest.var, 4 if manifest.precision is Precision.FP32 else 2
     caches = cache_bytes * 2 * var.depth * 2 * batch.most * var.num_tokens * var.embed_dim
@@ -135,11 +136,14 @@ def memory_needed(bundle: Bundle, batch: Batch, layout: Layout) -> int:
 
 
 def trtexec_lines(bundle: Bundle, batch: Batch, layout: Layout) -> list[str]:
-    """The same builds by NVIDIA's own tool, for those who would rather use it. Run in the bundle's directory."""
-    lines = []
+    """Such builds by NVIDIA's own tool, for a first look, run in the bundle's directory.
+
+    Its plans are not sealed, so no engine takes them.
+    """
+    lines = ["mkdir -p trtexec"]
     for plan in plans_of(bundle, batch, layout):
-        words = [f"trtexec --onnx={plan.graph} --saveEngine=plans/{plan.name}.plan --stripWeights"]
-        words += ["--timingCacheFile=plans/timing.cache", "--skipInference"]
+        words = [f"trtexec --onnx={plan.graph} --saveEngine=trtexec/{plan.name}.plan --stripWeights --noTF32"]
+        words += ["--timingCacheFile=trtexec/timing.cache", "--skipInference"]
         for profile_index, profile in enumerate(plan.profiles):
             if len(plan.profiles) > 1:
                 words.append(f"--profile={profile_index}")

@@ -168,6 +168,8 @@ class _Made:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":  # a base class that the caller knows better
+            if not issubclass(value, getattr(self._recorder.trt, self._cls)):
+                raise TypeError(f"{value} is no {self._cls}")
             self.__dict__["_cls"] = value.__name__
             return
         described = getattr(getattr(self._recorder.trt, self._cls), name)

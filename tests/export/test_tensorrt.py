@@ -23,7 +23,7 @@ from var_export.tensorrt_plans import Batch, Layout, plans_of
 from var_train.checkpoint import load_pair
 
 BATCH = Batch(least=1, tuned=1, most=4)
-GPU = Gpu(name="NVIDIA H200", capability=(9, 0), total_memory=150 * 10**9, free_memory=140 * 10**9)
+GPU = Gpu(name="NVIDIA H200", capability=(9, 0), free_memory=140 * 10**9)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,14 @@ def bindings(tmp_path_factory):
 def recorder(bindings, monkeypatch) -> Recorder:
     recorder = Recorder(bindings)
     built = iter(range(1000))
+
+    def add_profile(profile: object) -> int:
+        """Counts those of the newest configuration."""
+        methods = [call.method for call in reversed(recorder.calls)]
+        return methods[: methods.index("create_builder_config")].count("add_optimization_profile") - 1
+
     recorder.answers = {
+        ("IBuilderConfig", "add_optimization_profile"): add_profile,
         ("Builder", "build_serialized_network"): lambda **_: f"plan {next(built)}".encode(),
         ("ITimingCache", "serialize"): lambda **_: b"timings",
         ("INetworkDefinition", "num_layers"): lambda: 0,
@@ -55,7 +62,7 @@ def built(bundle: Path, **options: object) -> Path:
 
 def test_every_plan_is_built_and_sealed(recorder, bundle):
     directory = built(bundle)
-    assert directory == bundle / "plans" / "nvidia-h200-sm90-11.4.0.106"
+    assert directory == bundle / "plans" / "nvidia-h200-sm90-11.4.0.106" / "per-scale-1-1-4"
     plans = plans_of(Bundle.open(bundle), BATCH, Layout.PER_SCALE)
     assert sorted(path.name for path in directory.glob("*.plan")) == sorted(f"{plan.name}.plan" for plan in plans)
     assert [call["model"] for call in recorder.of("parse_from_file")] == [str(bundle / plan.graph) for plan in plans]
@@ -95,10 +102,11 @@ def test_order_and_flags_of_one_build(recorder, bundle):
     assert recorder.of("set_memory_pool_limit")[0] == {"pool": trt.MemoryPoolType.WORKSPACE, "pool_size": 123}
 
 
-def test_halves_keep_their_tensor_cores(recorder, tiny_pair, tmp_path):
+def test_what_is_float32_in_a_bundle_of_halves_is_not_rounded_either(recorder, tiny_pair, tmp_path):
     path = write_bundle(load_pair(*tiny_pair[1:]), tmp_path / "fp16", precision="fp16")
-    built(path)
-    assert recorder.of("clear_flag") == []
+    record = json.loads((built(path) / "plans.json").read_text())
+    assert record["precision"] == "fp16"
+    assert {call["flag"] for call in recorder.of("clear_flag")} == {recorder.trt.BuilderFlag.TF32}
     assert recorder.of("set_memory_pool_limit") == []
 
 
@@ -141,13 +149,70 @@ def test_an_interrupted_build_goes_on(recorder, bundle):
     built(bundle)
     assert [Path(call["model"]).name for call in recorder.of("parse_from_file")] == ["finish.onnx"]
     recorder.calls.clear()
-    built(bundle, batch=Batch(least=1, tuned=1, most=5))
+    other = built(bundle, batch=Batch(least=1, tuned=1, most=5))
+    assert len(recorder.of("parse_from_file")) == len(plans)
+    assert other != directory
+    recorder.calls.clear()
+    built(bundle)  # those of the first batch are still there
+    assert recorder.of("parse_from_file") == []
+    built(bundle, optimization_level=4)
     assert len(recorder.of("parse_from_file")) == len(plans)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"plans": 3}', "{"])
+@pytest.mark.parametrize("where", ["step", "log"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_a_callback_raises_ends_the_build(recorder, bundle, where, error):
+    """The bindings let nothing out of a callback: they cancel the build, or go on as if nothing had been."""
+
+    def stop(*_: object) -> None:
+        raise error
+
+    def build(network: object, config: object) -> bytes | None:
+        monitor, logger = recorder.of("progress_monitor")[-1]["value"], recorder.calls[0].arguments["logger"]
+        monitor.phase_start("Building", None, 2)
+        if where == "log":
+            logger.log(recorder.trt.ILogger.Severity.INFO, "working")
+        return b"plan" if monitor.step_complete("Building", 0) else None
+
+    recorder.answers["Builder", "build_serialized_network"] = build
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "log":
+            patch.setattr(builder.log, "log", stop)
+        with pytest.raises(error):
+            built(bundle, progress=stop if where == "step" else lambda *_: None)
+    assert len(recorder.of("parse_from_file")) == 1  # no second try
+    assert list((bundle / "plans").rglob("*.plan")) == []
+
+
+@pytest.mark.parametrize("answer", ["no cache", "refused"])
+def test_a_timing_cache_of_no_use_is_made_anew(recorder, bundle, caplog, answer):
+    directory = built(bundle)
+    (directory / "finish.plan").unlink()
+    empty = recorder.make("ITimingCache")
+    if answer == "no cache":
+        recorder.answers["IBuilderConfig", "create_timing_cache"] = lambda serialized_timing_cache: (
+            None if serialized_timing_cache else empty
+        )
+    else:
+        answers = iter([False, True])
+        recorder.answers["IBuilderConfig", "set_timing_cache"] = lambda **_: next(answers)
+    built(bundle)
+    assert (directory / "finish.plan").is_file()
+    assert "timing.cache: of no use here; timing everything anew" in caplog.text
+    assert recorder.of("create_timing_cache")[-1] == {"serialized_timing_cache": b""}
+
+
+def test_a_profile_that_is_refused(recorder, bundle):
+    recorder.answers["IBuilderConfig", "add_optimization_profile"] = lambda **_: -1
+    with pytest.raises(EngineError, match=r"tensorrt: condition.onnx: profile 0 was refused; report the"):
+        built(bundle)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", None])
 def test_a_damaged_record_is_no_plan(recorder, bundle, content):
     directory = built(bundle)
+    if content is None:
+        content = json.dumps(json.loads((directory / "plans.json").read_text()) | {"plans": 3})
     (directory / "plans.json").write_text(content)
     recorder.calls.clear()
     built(bundle)
@@ -158,7 +223,7 @@ def test_attention_is_decomposed_where_nothing_fused_fits(recorder, bundle, capl
     attention, kinds = recorder.make("IAttention"), recorder.trt.LayerType
     recorder.answers |= {
         ("INetworkDefinition", "num_layers"): lambda: 2,
-        ("ILayer", "type"): iter([kinds.SHUFFLE, kinds.ATTENTION_INPUT]).__next__,
+        ("ILayer", "type"): iter([kinds.SHUFFLE, kinds.ATTENTION_INPUT] * 99).__next__,
         ("IAttentionInputLayer", "attention"): lambda: attention,
     }
     whole, tries = recorder.answers["Builder", "build_serialized_network"], iter([True, False])
@@ -167,16 +232,18 @@ def test_attention_is_decomposed_where_nothing_fused_fits(recorder, bundle, capl
     )
     directory = built(bundle)
     assert recorder.of("decomposable") == [{"value": True}]
-    assert "condition: no plan with fused attention; trying with several kernels for it" in caplog.text
+    assert "condition: no plan; trying with several kernels for attention instead of a fused one" in caplog.text
     plans = json.loads((directory / "plans.json").read_text())["plans"]
     assert [name for name, entry in plans.items() if entry["decomposed_attention"]] == ["condition"]
 
 
-def test_a_graph_that_cannot_be_built_leaves_what_was_before(recorder, bundle):
+def test_a_graph_that_cannot_be_built_leaves_what_was_before(recorder, bundle, caplog):
     recorder.answers["Builder", "build_serialized_network"] = lambda **_: None
     with pytest.raises(EngineError, match=r"tensorrt: condition.onnx could not be built; TensorRT's messages"):
         built(bundle)
     assert list((bundle / "plans").rglob("*.plan")) == []
+    assert "several kernels" not in caplog.text  # it has no attention
+    assert len(recorder.of("build_serialized_network")) == 1
 
 
 def test_errors_of_the_parser_name_the_node(recorder, bundle):
@@ -232,21 +299,25 @@ def test_too_little_memory_is_told_before_anything_is_built(recorder, bundle, la
 
 
 def test_without_tensorrt(bundle, monkeypatch):
-    monkeypatch.setattr(builder, "find_spec", lambda _: None)
-    with pytest.raises(EngineError, match=r"^tensorrt: not installed: pip install 'var-deploy\[tensorrt\]' where"):
+    for name in ("tensorrt", "cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        EngineError, match=r"^tensorrt: cannot be used \(.*\): pip install 'var-deploy\[tensorrt\]' where"
+    ):
         built(bundle)
-    with pytest.raises(EngineError, match=r"^tensorrt: cuda-python is not installed: pip install 'var-deploy"):
+    with pytest.raises(EngineError, match=r"^tensorrt: cuda-python cannot be used \(.*\): pip install 'var-deploy"):
         Gpu.current()
 
 
 def test_another_version(recorder, bundle):
     recorder.__dict__["__version__"] = "10.9.0"
-    with pytest.raises(EngineError, match=r"tensorrt: got version 10\.9\.0, expected 11; pip install"):
+    with pytest.raises(EngineError, match=r"tensorrt: got version 10\.9\.0, expected 11\.4 or later, before 12"):
         built(bundle)
 
 
-def test_a_machine_without_a_gpu(recorder, bundle):
-    recorder.answers["Builder", "__init__"] = lambda **_: None
+def test_a_machine_without_a_gpu(bindings, bundle, monkeypatch):
+    """By the real bindings, whose libraries make no builder here."""
+    monkeypatch.setitem(sys.modules, "tensorrt", bindings)
     with pytest.raises(EngineError, match="no builder could be made; is there an NVIDIA GPU with a driver for CUDA 13"):
         built(bundle)
 
@@ -254,6 +325,15 @@ def test_a_machine_without_a_gpu(recorder, bundle):
 def test_a_directory_that_cannot_be_written(recorder, bundle):
     (bundle / "plans").write_text("a file")
     with pytest.raises(BundleError, match="plans cannot be written"):
+        built(bundle)
+
+
+def test_a_full_disk(recorder, bundle, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BundleError, match=r"plans cannot be written \(.*No space left on device"):
         built(bundle)
 
 
@@ -276,6 +356,7 @@ def test_the_recorder_refuses_what_the_api_does_not_have(recorder):
         lambda: recorder.make("IBuilderConfig").set_flag(3),
         lambda: recorder.make("IOptimizationProfile").set_shape("x", (1,), (1,)),
         lambda: recorder.make("IBuilderConfig").add_optimization_profile(made),
+        lambda: setattr(recorder.make("ILayer"), "__class__", recorder.IBuilderConfig),
     ):
         with pytest.raises(TypeError):
             wrong()
@@ -292,15 +373,16 @@ def test_the_command_builds(recorder, bundle, monkeypatch):
     monkeypatch.setattr(Gpu, "current", classmethod(lambda _: GPU))
     result = run(bundle, "--batch", "1:2:4", "--layout", "profiles", "--workspace", "2GB", "--precision", "fp32")
     assert result.exit_code == 0, result.exception
-    assert result.output == f"{bundle / 'plans' / 'nvidia-h200-sm90-11.4.0.106'}\n"
+    assert result.output == f"{bundle / 'plans' / 'nvidia-h200-sm90-11.4.0.106' / 'profiles-1-2-4'}\n"
     assert recorder.of("set_memory_pool_limit")[0]["pool_size"] == 2 * 10**9
     assert len(recorder.of("set_shape_input")) == Bundle.open(bundle).manifest.var.num_scales
 
 
 def test_the_command_prints_lines_without_tensorrt(bundle):
     lines = run(bundle, "--trtexec").output.splitlines()
-    assert len(lines) == Bundle.open(bundle).manifest.var.num_scales + 4
-    assert all(line.startswith("trtexec --onnx=") for line in lines)
+    assert lines[0] == "mkdir -p trtexec"
+    assert len(lines) == Bundle.open(bundle).manifest.var.num_scales + 5
+    assert all(line.startswith("trtexec --onnx=") for line in lines[1:])
 
 
 @pytest.mark.parametrize(
