@@ -136,9 +136,10 @@ def write_bundle(
         for name, spec in specs.items():
             progress(spec.file, layout.size, layout.size)
             path = staging / spec.file
-            path.write_bytes(_serialized(_graph(name, pair, spec, layout, precision)))
+            model = ir.to_proto(_graph(name, pair, spec, layout, precision))
+            path.write_bytes(model.SerializeToString(deterministic=True))
             onnx.checker.check_model(path)
-            _check_importer(spec.file, onnx.load(path, load_external_data=False), precision)
+            _check_importer(spec.file, model, precision)
             digests[spec.file] = sha256_of(path)
         manifest = Manifest(
             var=pair.var,
@@ -178,10 +179,6 @@ def _check_importer(file: str, model: onnx.ModelProto, precision: Precision) -> 
         raise BundleError(
             f"{file}: breaks a rule of TensorRT's importer: {problems[0]}; report the checkpoint's shapes"
         )
-
-
-def _serialized(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def _origin(path: Path) -> dict[str, Any]:
