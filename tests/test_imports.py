@@ -31,6 +31,7 @@ ALLOWED_LAZILY = {
     "var_deploy/bench/device.py": ("var_kernels",),
     "var_deploy/bench/gpu.py": ("var_kernels",),
     "var_deploy/bench/suite.py": ("var_export", "var_kernels"),
+    "var_deploy/engines/cuda/kernels.py": ("var_kernels",),
     "var_deploy/bench/reference.py": ("var_train",),
 }
 
@@ -41,7 +42,7 @@ TORCH_ENGINE = "var_deploy/engines/torch/"
 ENGINES_ONLY = ("var_deploy/engines/onnx.py", "var_deploy/engines/winograd/", TORCH_ENGINE)
 
 #: Imported by the runtime only where an engine or a command starts, or not at all.
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "triton", "tensorrt", "sklearn", "tensorboard", "numba")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "triton", "tensorrt", "sklearn", "tensorboard", "numba", "cuda")
 
 
 @dataclass(frozen=True)

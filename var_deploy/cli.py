@@ -36,13 +36,15 @@ VaeFile = Annotated[
     Path, typer.Option("--vae", metavar="PATH", help="VQVAE checkpoint: .pth, .safetensors, or RUN/checkpoints/step_….")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-EngineName = Annotated[str, typer.Option(help="Engine: auto, onnx or torch.")]
+EngineName = Annotated[str, typer.Option(help="Engine: auto, onnx, torch or tensorrt.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 PrecisionName = Annotated[
     str, typer.Option(help="auto: the bundle's; engine torch makes fp16, bf16, int8, fp8 of fp32.")
 ]
 DecodeSlice = Annotated[int | None, typer.Option(min=1, help="Images the decoder takes at a time (torch engine).")]
 CompileDecoder = Annotated[bool, typer.Option("--compile-decoder", help="Decoder by torch.compile (torch engine).")]
+Plans = Annotated[str | None, typer.Option(metavar="NAME", help="Directory of plans (tensorrt engine).")]
+Draw = Annotated[str, typer.Option(help="Where tokens are drawn: device or host (tensorrt engine).")]
 Graphs = Annotated[str, typer.Option(help="symbolic: one graph for all scales; static: one per scale.")]
 Decoder = Annotated[str, typer.Option(help="auto, graph or winograd: fewer multiplications (onnx engine).")]
 Cache = Annotated[
@@ -136,9 +138,9 @@ def build(
     from rich.progress import Progress
 
     from .bundle import Bundle
+    from .plans import Batch, Layout
 
-    plans = _needs("var_export.tensorrt_plans", "export")
-    asked = plans.Batch.parse(batch), plans.Layout.parse(layout)
+    asked = Batch.parse(batch), Layout.parse(layout)
     opened = Bundle.open(bundle, verify_digests=False)
     if precision is not None and precision != opened.manifest.precision:
         raise RequestError(
@@ -146,7 +148,7 @@ def build(
             f"export --precision {precision} first"
         )
     if trtexec:
-        print("\n".join(plans.trtexec_lines(opened, *asked)))
+        print("\n".join(_needs("var_export.tensorrt_plans", "export").trtexec_lines(opened, *asked)))
         return
     builder = _needs("var_export.tensorrt", "export")
     with Progress(console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -162,6 +164,38 @@ def build(
             ),
         )
     print(directory)
+
+
+@app.command()
+def triton_repo(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Model repository to make; must not exist.")],
+    name: Annotated[str, typer.Option(help="Name of the model in requests.")] = "var",
+    engine: EngineName = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto: the server's GPUs, or its CPU; cpu, cuda (every GPU) or cuda:N.")
+    ] = "auto",
+    precision: PrecisionName = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Images of one batch, and of one request.")] = 8,
+    queue_delay: Annotated[
+        int, typer.Option(min=0, metavar="MICROSECONDS", help="How long a request waits for others.")
+    ] = 5_000,
+    instances: Annotated[int, typer.Option(min=1, help="Per GPU, or on the CPU; each has its own weights.")] = 1,
+    link: Annotated[bool, typer.Option("--link", help="Hard links to the bundle's files, no copies.")] = False,
+) -> None:
+    """Write a model repository for NVIDIA's Triton Inference Server."""
+    from .triton_repository import ServedModel, write_repository
+
+    model = ServedModel(
+        name=name,
+        engine=engine,
+        device=device,
+        precision=precision,
+        max_batch=max_batch,
+        queue_delay_us=queue_delay,
+        instances=instances,
+    )
+    print(write_repository(bundle, out, model, link=link) / name)
 
 
 @app.command()
@@ -211,6 +245,8 @@ def generate(
     memory_limit: MemoryLimit = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
+    plans: Plans = None,
+    draw: Draw = "device",
 ) -> None:
     """Generate images."""
     from rich.progress import Progress
@@ -234,6 +270,8 @@ def generate(
         memory_limit=_bytes(memory_limit),
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
+        plans=plans,
+        draw=draw,
     )
     names = pipe.bundle.manifest.class_names or ()
     labels = [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
@@ -285,7 +323,7 @@ def verify(
     ] = None,
     guidance: Annotated[float, typer.Option(min=0)] = 1.5,
     tolerance: Annotated[float | None, typer.Option(help="Largest logit and pixel error that passes.")] = None,
-    engine: Annotated[str, typer.Option(help="Engine: onnx or torch.")] = "onnx",
+    engine: Annotated[str, typer.Option(help="Engine: onnx, torch or tensorrt.")] = "onnx",
     device: Device = "auto",
     precision: PrecisionName = "auto",
     digits: Annotated[bool, typer.Option("--digits", help="Judge 1,000 samples too; for the digits example.")] = False,
@@ -341,6 +379,8 @@ def bench(
     memory_limit: MemoryLimit = None,
     decode_slice: DecodeSlice = None,
     compile_decoder: CompileDecoder = False,
+    plans: Plans = None,
+    draw: Draw = "device",
     as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The JSON object, rewritten after each row.")] = None,
     plot: Annotated[
@@ -358,8 +398,8 @@ def bench(
         raise RequestError(f"bench: got {got}, expected either a bundle directory or --preset NAME")
     on_cpu: dict[str, Any] = {"threads": threads, "graphs": graphs, "decoder": decoder}
     on_cpu["memory_limit"] = limit = _bytes(memory_limit)
-    if preset is not None and (threads or limit or graphs != "symbolic" or decoder != "auto"):
-        names = ", ".join(on_cpu)
+    if preset is not None and (threads or limit or graphs != "symbolic" or decoder != "auto" or plans):
+        names = ", ".join([*on_cpu, "plans"])
         raise EngineError(f"a preset runs on engine 'torch', without options {names}; leave them out")
     if out is not None:
         check_output(out)
@@ -367,10 +407,11 @@ def bench(
         check_plot(plot)
     run: dict[str, Any] = {"engine": engine, "device": device}
     run |= {"decode_slice": decode_slice, "compile_decoder": compile_decoder}
+    of_plans: dict[str, Any] = {"plans": plans, "draw": draw}
 
     def loaded(precision: str) -> Pipeline:
         if bundle is not None:
-            return load(bundle, **run, **on_cpu, cache=cache, precision=precision)
+            return load(bundle, **run, **on_cpu, **of_plans, cache=cache, precision=precision)
         pipe: Pipeline = _needs("var_export.random_bundle", "export").random_pipeline(
             preset, **run, precision=precision
         )

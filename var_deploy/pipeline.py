@@ -23,7 +23,7 @@ from PIL import Image
 
 from . import request, sampling
 from .bundle import Bundle
-from .engines import DeviceLoop, Engine, EngineOptions, Planned, engine_for
+from .engines import DeviceLoop, Engine, EngineOptions, LoopResult, Planned, engine_for
 from .images import images_from_pixels, pixels_from_images
 from .memory import anonymous_size
 from .memory_budget import MemoryBudget
@@ -43,22 +43,26 @@ def load(
     memory_limit: int | None = None,
     decode_slice: int | None = None,
     compile_decoder: bool = False,
+    plans: str | None = None,
+    draw: str = "device",
     cache: bool = True,
     verify_digests: bool = True,
 ) -> Pipeline:
     """Opens a bundle and makes it ready to run.
 
-    engine: "auto", "onnx" (ONNX Runtime, on a CPU) or "torch" (PyTorch; with Triton kernels and one CUDA graph per
-    generation on a GPU). device: "auto", "cpu", "cuda" or "cuda:N". precision: the onnx engine runs a bundle in its
-    own; the torch engine reads fp32 bundles and makes fp32 of them on a CPU and bf16 on a GPU ("auto"), or fp16, int8
-    (weights only) and fp8 (Hopper). What "auto" takes is logged with its reason.
+    engine: "auto", "onnx" (ONNX Runtime, on a CPU), "torch" (PyTorch; with Triton kernels and one CUDA graph per
+    generation on a GPU) or "tensorrt" (plans that were built on this machine). device: "auto", "cpu", "cuda" or
+    "cuda:N". precision: the onnx and tensorrt engines run a bundle in its own; the torch engine reads fp32 bundles and
+    makes fp32 of them on a CPU and bf16 on a GPU ("auto"), or fp16, int8 (weights only) and fp8 (Hopper).
+    What "auto" takes is logged with its reason.
     onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); decoder "graph", "winograd" (the
     same network with a quarter of the multiplications, equal to about 1e-5) or "auto", the faster one; threads, by
     default one per core that affinity and control group leave to this process; memory_limit, bytes that the process
     should stay within, by default what is free when a request starts (see `Pipeline.generate`). Several processes on
     one machine: give each its own cores and as many threads (`taskset -c 0-3` and threads=4). torch only:
     decode_slice, images that the decoder takes at a time, for cards with little memory; compile_decoder, run it through
-    torch.compile.
+    torch.compile. tensorrt only: plans, the name of their directory, by default those for the largest batch; draw,
+    "device" or "host", which is slower and for plans without kernels.
     cache: onnx only; keep weights in the form that this machine computes with in `~/.cache/var-deploy` (see
     `prepared`), which makes later starts faster and lets processes share the pages; it takes about twice the bundle's
     size on disk. Raises BundleError and EngineError.
@@ -73,6 +77,8 @@ def load(
         prepared=default_cache(verify_digests=verify_digests) if cache else None,
         decode_slice=decode_slice,
         compile_decoder=compile_decoder,
+        plans=plans,
+        draw=draw,
     )
     before = anonymous_size()
     started = engine_for(bundle, engine, device, options)
@@ -168,9 +174,7 @@ class Pipeline:
         seed_list = request.seed_list(seeds, len(labels_B))
         settings = request.settings(self.bundle.manifest, guidance, top_k, top_p, smooth, temperature)
         if isinstance(self.engine, DeviceLoop):
-            listener = None if on_scale is None else partial(self._preview, on_scale, 0)
-            done = self.engine.generate(labels_B, seed_list, settings, listener)
-            return Generation(done.tokens, done.timings, done.pixels, done.bytes_BRR3)
+            return self._run_on_device(self.engine, labels_B, seed_list, settings, on_scale)
 
         guided, sizes = settings.guided_scales > 0, [len(labels_B)]
         if self._budget is not None:
@@ -186,6 +190,29 @@ class Pipeline:
         joined_B3RR = np.concatenate(pixels)
         joined = [np.concatenate(scale) for scale in zip(*tokens, strict=True)]
         return Generation(joined, timings, lambda: joined_B3RR, parts=len(sizes))
+
+    def _run_on_device(
+        self,
+        engine: DeviceLoop,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: sampling.Settings,
+        on_scale: Callable[[Preview], None] | None,
+    ) -> Generation:
+        """As many images at a time as the engine takes."""
+        most = engine.max_batch or len(labels_B)
+        done: list[LoopResult] = []
+        timings: dict[str, float] = {}
+        for first in range(0, len(labels_B), most):
+            part = slice(first, first + most)
+            listener = None if on_scale is None else partial(self._preview, on_scale, first)
+            done.append(engine.generate(labels_B[part], seeds[part], settings, listener))
+            for stage, seconds in done[-1].timings.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+        if len(done) == 1:
+            return Generation(done[0].tokens, timings, done[0].pixels, done[0].bytes_BRR3)
+        tokens = [np.concatenate(scale) for scale in zip(*(part.tokens for part in done), strict=True)]
+        return Generation(tokens, timings, lambda: np.concatenate([part.pixels() for part in done]), parts=len(done))
 
     def _run(
         self,

@@ -22,17 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 from safetensors import SafetensorError
 
 from .bundle import FileSeal, sha256_of
 from .errors import RequestError, VarDeployError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .locks import try_lock, unlock
 
 log = logging.getLogger("var_deploy")
 
@@ -105,7 +100,7 @@ class PreparedCache:
         """Holds the directory's lock, if it can be had; whether another process was waited for."""
         with (self.directory / LOCK).open("w") as file:
             waited, deadline = False, time.monotonic() + PATIENCE
-            while (held := _locked(file)) is False:
+            while (held := try_lock(file)) is False:
                 if not waited:
                     log.info("%s: waiting for another process that prepares weights", path)
                     waited = True
@@ -116,8 +111,8 @@ class PreparedCache:
             try:
                 yield waited
             finally:
-                if held:  # closing alone would leave it to a child that was forked meanwhile
-                    fcntl.flock(file, fcntl.LOCK_UN)
+                if held:
+                    unlock(file)
 
     def _made(self, path: Path, make: Callable[[Path], object]) -> Path | None:
         log.info("%s: preparing weights for this machine, once", path)
@@ -157,20 +152,6 @@ class PreparedCache:
                 limit = STALE if path.name.startswith(".") else UNUSED
                 if path.is_dir() and time.time() - path.stat().st_mtime > limit:
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def _locked(file: TextIO) -> bool | None:
-    """Whether the lock could be had; None where there are no locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        log.info("%s: cannot be locked (%s)", file.name, error.strerror)
-        return None
-    return True
 
 
 def entries(directory: Path) -> dict[str, int]:

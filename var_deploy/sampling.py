@@ -108,11 +108,16 @@ def invert_cdf(logits_nV: np.ndarray, kept_nV: np.ndarray, uniforms_n: np.ndarra
     return (cumulated_nV <= uniforms_n[:, None] * cumulated_nV[:, -1:]).sum(axis=-1)
 
 
+def smooth_temperature(ratio: float) -> float:
+    """τ of the smooth mixture at ratio k/(K − 1), as published."""
+    return max(0.27 * (1 - 0.95 * ratio), 0.005)
+
+
 def smooth_codes(
     logits_nV: np.ndarray, kept_nV: np.ndarray, gumbel_nV: np.ndarray, ratio: float, codebook_VC: np.ndarray
 ) -> np.ndarray:
     """softmax((logits·(1 + ratio) + gumbel)/τ) over the kept tokens, times the codebook: float32 [n, C]."""
-    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    tau = smooth_temperature(ratio)
     scores_nV = np.where(kept_nV, (logits_nV * np.float32(1 + ratio) + gumbel_nV) / np.float32(tau), -np.inf)
     weights_nV = np.exp(scores_nV - scores_nV.max(axis=-1, keepdims=True))
     weights_nV /= weights_nV.sum(axis=-1, keepdims=True)

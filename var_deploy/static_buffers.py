@@ -9,10 +9,13 @@ of a product), V codebook entries, C code width, l = h² cells; [B, 3, R, R] and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from .config import HEAD_DIM, VARConfig, VQVAEConfig
 from .precision import Precision
+from .sampling import Settings
 from .signature import TensorSpec
 
 _BYTES = {
@@ -59,6 +62,29 @@ def input_specs(var: VARConfig, batch: int, rows: int) -> list[TensorSpec]:
         TensorSpec("top_k_B", "int32", (batch,)),
         TensorSpec("top_p_B", "float32", (batch,)),
     ]
+
+
+def fill_request(
+    host: Mapping[str, np.ndarray],
+    var: VARConfig,
+    batch: int,
+    labels_B: np.ndarray,
+    seeds: list[int],
+    settings: Settings,
+) -> None:
+    """Writes a request into the host's side of `input_specs` of a batch size; images beyond it are drawn greedily
+    from class 0.
+    """
+    B = len(labels_B)
+    host["labels_R"][:] = 0
+    host["labels_R"][:B] = labels_B
+    host["labels_R"][batch:] = var.null_class  # none, where there are no null rows
+    host["seeds_B"][:B] = np.array(seeds, dtype=np.uint64).view(np.int64)
+    host["strength_KB"][:] = np.array(settings.strengths, dtype=np.float32)[:, None]
+    host["temperature_B"][:] = settings.temperature
+    host["top_k_B"][:] = 1
+    host["top_k_B"][:B] = min(settings.top_k, var.vocab_size)
+    host["top_p_B"][:] = settings.top_p
 
 
 def output_specs(var: VARConfig, batch: int) -> list[TensorSpec]:

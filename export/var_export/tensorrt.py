@@ -7,68 +7,34 @@ against TensorRT 11.4; networks are strongly typed, so a plan computes in the pr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from var_deploy.bundle import Bundle, FileSeal, sha256_of
+from var_deploy.engines.cuda.kernels import KERNELS, write_draw_kernels
+from var_deploy.engines.tensorrt_library import parser_errors, tensorrt_logger, tensorrt_module
 from var_deploy.errors import BundleError, EngineError, RequestError, VarDeployError
+from var_deploy.gpu import Gpu
+from var_deploy.locks import exclusive
 from var_deploy.output_file import replacing
+from var_deploy.plans import KERNELS_DIRECTORY, RECORD, Batch, Layout, bundle_digest, plans_directory
+from var_deploy.staging import put_in_place, staging_directory
 
-from .tensorrt_plans import Batch, Layout, Plan, memory_needed, plans_of, weight_copies
+from .tensorrt_plans import Plan, memory_needed, plans_of, weight_copies
 
 log = logging.getLogger("var_deploy")
 
-#: The record of a directory of plans, and the measurements that later builds of it start from.
-RECORD, TIMING_CACHE = "plans.json", "timing.cache"
+#: Measurements that later builds on this GPU start from, beside the directories of plans; and held by a build.
+TIMING_CACHE, LOCK = "timing.cache", ".lock"
 
 #: Hears of progress: a plan's name, what TensorRT does, steps done and in all.
 Progress = Callable[[str, str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """The device that plans are built on and for."""
-
-    name: str
-    capability: tuple[int, int]
-    free_memory: int  #: bytes
-
-    @classmethod
-    def current(cls) -> Gpu:
-        """The one that CUDA has chosen. Raises EngineError."""
-        try:
-            from cuda.bindings import runtime
-        except ImportError as error:
-            raise EngineError(
-                f"tensorrt: cuda-python cannot be used ({error}): pip install 'var-deploy[tensorrt]'"
-            ) from error
-
-        def checked(result: tuple[Any, ...]) -> Any:
-            error, *values = result
-            if error != runtime.cudaError_t.cudaSuccess:
-                raise EngineError(f"tensorrt: no GPU can be used ({error.name}); building needs the one that will run")
-            return values[0] if len(values) == 1 else values
-
-        device = checked(runtime.cudaGetDevice())
-        properties = checked(runtime.cudaGetDeviceProperties(device))
-        free, _ = checked(runtime.cudaMemGetInfo())
-        return cls(
-            name=properties.name.decode().rstrip("\0"),
-            capability=(properties.major, properties.minor),
-            free_memory=free,
-        )
-
-    def directory(self, tensorrt_version: str) -> str:
-        """Name of the directory for its plans: a plan runs on this model of GPU and with this TensorRT alone."""
-        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        return f"{name}-sm{self.capability[0]}{self.capability[1]}-{tensorrt_version}"
 
 
 def build_plans(
@@ -89,8 +55,8 @@ def build_plans(
     """
     bundle = Bundle.open(path)
     plans = plans_of(bundle, batch, layout)
-    trt = _tensorrt()
-    gpu = gpu or Gpu.current()
+    trt = tensorrt_module()
+    gpu = gpu or Gpu.at(None)
     if (needed := memory_needed(bundle, batch, layout)) > gpu.free_memory:
         copies = weight_copies(layout, bundle.manifest.var.num_scales)
         raise EngineError(
@@ -99,35 +65,38 @@ def build_plans(
             + ("use layout profiles, or " if layout is Layout.PER_SCALE else "")
             + "make the batch smaller"
         )
-    directory = bundle.path / "plans" / gpu.directory(trt.__version__) / f"{layout}-{batch}".replace(":", "-")
+    directory = plans_directory(bundle, gpu, trt.__version__, layout, batch)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        options = {"workspace": workspace, "optimization_level": optimization_level}
-        record = _Record(directory, bundle, batch, layout, options)
-        builder = _Builder(trt, bundle, directory, workspace, optimization_level, progress)
-        for plan in plans:
-            if record.holds(plan.name):
-                log.info("%s: built already", directory / f"{plan.name}.plan")
-                continue
-            record.add(plan.name, *builder.build(plan))
+        with exclusive(directory.parent / LOCK, "plans"):  # builds side by side would spoil each other's timings too
+            options = {"workspace": workspace, "optimization_level": optimization_level}
+            record = _Record(directory, bundle, batch, layout, options)
+            builder = _Builder(trt, bundle, directory, workspace, optimization_level, progress)
+            for plan in plans:
+                if record.holds(plan.name):
+                    log.info("%s: built already", directory / f"{plan.name}.plan")
+                    continue
+                record.add(plan.name, *builder.build(plan))
+            if not record.holds_kernels():
+                record.add_kernels(_kernels(bundle, directory, gpu))
     except (OSError, RequestError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BundleError(f"{directory}: plans cannot be written ({reason})") from error
     return directory
 
 
-def _tensorrt() -> ModuleType:
-    try:
-        import tensorrt
-    except ImportError as error:
-        raise EngineError(
-            f"tensorrt: cannot be used ({error}): pip install 'var-deploy[tensorrt]' where there is an NVIDIA GPU"
-        ) from error
-    version: str = tensorrt.__version__
-    if int(version.split(".")[0]) != 11:
-        raise EngineError(f"tensorrt: got version {version}, expected 11.4 or later, before 12; install that")
-    module: ModuleType = tensorrt
-    return module
+def _kernels(bundle: Bundle, directory: Path, gpu: Gpu) -> str | None:
+    """Compiles the kernels of the draw into their directory; the digest of their record, None without Triton."""
+    place = directory / KERNELS_DIRECTORY
+    with staging_directory(place) as staging:
+        try:
+            write_draw_kernels(staging, bundle.manifest, gpu.capability)
+        except EngineError as error:
+            log.warning("%s; without them an engine draws on the host, and only if asked to", error)
+            return None
+        shutil.rmtree(place, ignore_errors=True)
+        put_in_place(staging, place, EngineError)
+    return sha256_of(place / KERNELS)
 
 
 class _Record:
@@ -138,17 +107,18 @@ class _Record:
     ) -> None:
         self._directory, self._path = directory, directory / RECORD
         self._made_from = {
-            "bundle": _digest(bundle),
+            "bundle": bundle_digest(bundle),
             "precision": str(bundle.manifest.precision),
             "batch": str(batch),
             "layout": str(layout),
             **options,
         }
         self._plans: dict[str, dict[str, Any]] = {}
+        self._kernels: str | None = None
         try:
             found = json.loads(self._path.read_text())
             if {key: found.get(key) for key in self._made_from} == self._made_from:
-                self._plans = dict(found["plans"])
+                self._plans, self._kernels = dict(found["plans"]), found.get("kernels")
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -162,17 +132,27 @@ class _Record:
         except (OSError, TypeError, KeyError):
             return False
 
-    def add(self, name: str, seal: FileSeal, decomposed: bool) -> None:
-        """decomposed: whether attention takes several kernels."""
-        self._plans[name] = {**asdict(seal), "decomposed_attention": decomposed}
+    def holds_kernels(self) -> bool:
+        """Whether the kernels are there as they were compiled; the engine looks into each of them itself."""
+        file = self._directory / KERNELS_DIRECTORY / KERNELS
+        try:
+            return self._kernels is not None and sha256_of(file) == self._kernels
+        except OSError:
+            return False
+
+    def add(self, name: str, seal: FileSeal, not_fused: str | None) -> None:
+        """not_fused: why attention takes several kernels, if it does."""
+        self._plans[name] = {**asdict(seal), "attention_not_fused": not_fused}
+        self._write()
+
+    def add_kernels(self, digest: str | None) -> None:
+        self._kernels = digest
+        self._write()
+
+    def _write(self) -> None:
         with replacing(self._path) as partial:
-            partial.write_text(json.dumps({**self._made_from, "plans": self._plans}, indent=1))
-
-
-def _digest(bundle: Bundle) -> str:
-    """Of everything that plans are made from: graphs and weights, but not what verify notes in the manifest."""
-    files = sorted((name, seal.sha256) for name, seal in bundle.manifest.files.items())
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+            record = {**self._made_from, "plans": self._plans, "kernels": self._kernels}
+            partial.write_text(json.dumps(record, indent=1))
 
 
 class _Builder:
@@ -191,7 +171,7 @@ class _Builder:
         self._workspace, self._level = workspace, optimization_level
         self._has_attention = False  # the network read last
         self._interrupted: list[BaseException] = []  # by what a callback raised
-        self._logger = _logger(trt, self._interrupted)
+        self._logger = tensorrt_logger(trt, self._interrupted)
         try:
             self._builder = trt.Builder(self._logger)
         except TypeError as error:  # how the bindings tell that there is none
@@ -199,30 +179,30 @@ class _Builder:
                 "tensorrt: no builder could be made; is there an NVIDIA GPU with a driver for CUDA 13?"
             ) from error
 
-    def build(self, plan: Plan) -> tuple[FileSeal, bool]:
-        """Writes a plan; its seal, and whether attention had to be decomposed."""
-        decomposed = False
-        serialized = self._serialized(plan, decomposed)
+    def build(self, plan: Plan) -> tuple[FileSeal, str | None]:
+        """Writes a plan; its seal, and why attention could not be fused, where it could not."""
+        not_fused = None
+        serialized = self._serialized(plan, decomposed=False)
         if serialized is None and self._has_attention:
-            decomposed = True
-            log.warning("%s: no plan; trying with several kernels for attention instead of a fused one", plan.name)
-            serialized = self._serialized(plan, decomposed)
+            not_fused = self._logger.last_error or "TensorRT gave no reason"
+            log.warning("%s: no plan with fused attention (%s); trying with several kernels", plan.name, not_fused)
+            serialized = self._serialized(plan, decomposed=True)
         if serialized is None:
-            raise EngineError(f"tensorrt: {plan.graph} could not be built; TensorRT's messages are above this line")
+            reason = self._logger.last_error or "TensorRT gave no reason"
+            raise EngineError(f"tensorrt: {plan.graph} could not be built: {reason}")
         file = self._directory / f"{plan.name}.plan"
         with replacing(file) as partial:
             partial.write_bytes(serialized)
-        return FileSeal(size=file.stat().st_size, sha256=sha256_of(file)), decomposed
+        return FileSeal(size=file.stat().st_size, sha256=sha256_of(file)), not_fused
 
-    def _serialized(self, plan: Plan, decomposed: bool) -> Any:
+    def _serialized(self, plan: Plan, *, decomposed: bool) -> Any:
         trt = self._trt
+        self._logger.last_error = None
         network = self._builder.create_network(0)
         parser = trt.OnnxParser(network, self._logger)
         path = self._bundle.file(plan.graph)
         if not parser.parse_from_file(str(path)):
-            errors = [parser.get_error(index) for index in range(parser.num_errors)]
-            told = "; ".join(f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors)
-            raise EngineError(f"tensorrt: {path} was not read: {told}")
+            raise EngineError(f"tensorrt: {path} was not read: {parser_errors(parser)}")
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         attention = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
         self._has_attention = bool(attention)
@@ -248,7 +228,7 @@ class _Builder:
                 made.extra_memory_target = 0.0  # the weights as the first profile has them
             if config.add_optimization_profile(made) != index:
                 raise EngineError(f"tensorrt: {plan.graph}: profile {index} was refused; report the model's shapes")
-        timing = self._directory / TIMING_CACHE
+        timing = self._directory.parent / TIMING_CACHE
         kept = timing.read_bytes() if timing.is_file() else b""
         cache = config.create_timing_cache(kept)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -264,32 +244,6 @@ class _Builder:
         if self._interrupted:
             raise self._interrupted[0]
         return serialized
-
-
-def _logger(trt: ModuleType, interrupted: list[BaseException]) -> Any:
-    """TensorRT's messages to the log of this package.
-
-    What is raised in a callback, Ctrl-C among it, does not get past the bindings: it is kept for later.
-    """
-    levels = {
-        trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
-        trt.ILogger.Severity.ERROR: logging.ERROR,
-        trt.ILogger.Severity.WARNING: logging.WARNING,
-        trt.ILogger.Severity.INFO: logging.INFO,
-        trt.ILogger.Severity.VERBOSE: logging.DEBUG,
-    }
-
-    class Log(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            try:
-                log.log(levels[severity], "TensorRT: %s", msg)
-            except BaseException as error:
-                interrupted.append(error)
-
-    return Log()
 
 
 def _monitor(trt: ModuleType, plan: str, progress: Progress, interrupted: list[BaseException]) -> Any:

@@ -9,49 +9,12 @@ guided batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from var_deploy.bundle import Bundle
-from var_deploy.errors import BundleError, RequestError
+from var_deploy.errors import BundleError
+from var_deploy.plans import Batch, Layout, plan_names
 from var_deploy.precision import Precision
-from var_deploy.signature import GraphSpec, scale_graph_name
-
-
-class Layout(StrEnum):
-    """How the scales are laid out in plans."""
-
-    PER_SCALE = "per-scale"
-    PROFILES = "profiles"
-
-    @classmethod
-    def parse(cls, text: str) -> Layout:
-        """Raises RequestError."""
-        if text not in list(cls):
-            raise RequestError(f"layout: got {text!r}, expected {' or '.join(cls)}")
-        return cls(text)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Images per request: the fewest, those that kernels are tuned for, the most."""
-
-    least: int
-    tuned: int
-    most: int
-
-    @classmethod
-    def parse(cls, text: str) -> Batch:
-        """Of "1:1:8", or of one number for all three. Raises RequestError."""
-        parts = text.split(":")
-        if len(parts) in (1, 3) and all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
-            least, tuned, most = map(int, parts * 3 if len(parts) == 1 else parts)
-            if 1 <= least <= tuned <= most:
-                return cls(least=least, tuned=tuned, most=most)
-        raise RequestError(f"batch: got {text!r}, expected MIN:OPT:MAX of images with 1 ≤ MIN ≤ OPT ≤ MAX, like 1:1:8")
-
-    def __str__(self) -> str:
-        return f"{self.least}:{self.tuned}:{self.most}"
-
+from var_deploy.signature import GraphSpec
 
 Shape = tuple[int, ...]
 
@@ -80,21 +43,16 @@ def plans_of(bundle: Bundle, batch: Batch, layout: Layout) -> list[Plan]:
         raise BundleError(
             f"{bundle.path}: an int8 bundle has operators of ONNX Runtime alone; export fp16, bf16 or fp32 for TensorRT"
         )
-    scales = range(manifest.var.num_scales)
-    plans = [_plan("condition", manifest.graphs["condition"], batch)]
-    if layout is Layout.PER_SCALE:
-        names = [scale_graph_name(k) for k in scales]
-        plans += [_plan(name, manifest.graphs[name], batch) for name in names]
-    else:
-        spec, lengths = manifest.graphs["scales"], manifest.var.tokens_per_scale
-        pinned = [{"n": lengths[k], "n_prev": lengths[max(k - 1, 0)]} for k in scales]
-        profiles = tuple(_profile(spec, batch, axes, {"scale": k}) for k, axes in enumerate(pinned))
-        plans.append(Plan(name="scales", graph=spec.file, profiles=profiles))
-    return plans + [_plan(name, manifest.graphs[name], batch) for name in ("finish", "decoder", "encoder")]
-
-
-def _plan(name: str, spec: GraphSpec, batch: Batch) -> Plan:
-    return Plan(name=name, graph=spec.file, profiles=(_profile(spec, batch, {}, {}),))
+    plans = []
+    for name in plan_names(manifest.var.num_scales, layout):
+        spec, lengths = manifest.graphs[name], manifest.var.tokens_per_scale
+        if name != "scales":
+            profiles: tuple[Profile, ...] = (_profile(spec, batch, {}, {}),)
+        else:
+            pinned = [{"n": n, "n_prev": lengths[max(k - 1, 0)]} for k, n in enumerate(lengths)]
+            profiles = tuple(_profile(spec, batch, axes, {"scale": k}) for k, axes in enumerate(pinned))
+        plans.append(Plan(name=name, graph=spec.file, profiles=profiles))
+    return plans
 
 
 def _profile(spec: GraphSpec, batch: Batch, pinned: dict[str, int], values: dict[str, int]) -> Profile:

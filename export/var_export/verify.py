@@ -297,7 +297,7 @@ def _compare_loop(
         best += int((short_Bn == 0).sum())
         clear += int((~(short_Bn <= 2 * (1 + 2 * t) * rounding)).sum())  # a NaN counts too
     pixels_B3RR = steps.decode(steps.finish(forced.state, codebook_VC[done.tokens[-1]]))
-    pictures_B3RR = done.bytes_BRR3.transpose(0, 3, 1, 2) / 255.0
+    pictures_B3RR = done.pixels() if done.bytes_BRR3 is None else done.bytes_BRR3.transpose(0, 3, 1, 2) / 255.0
     tokens = sum(tokens_Bn.size for tokens_Bn in done.tokens)
     return LoopParity(
         token_agreement=best / tokens, clear_disagreements=clear, pixel_psnr=_psnr(pictures_B3RR, pixels_B3RR)

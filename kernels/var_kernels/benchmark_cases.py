@@ -77,6 +77,7 @@ def _cases_of(
         yield cached_attention(R=R, H=H, n=n, begin=begin, L=L, dtype=dtype, variant="plain")
         yield draw(B=batch, n=n, V=V, C=C, variant="unguided")
         yield draw(B=batch, n=n, V=V, C=C, variant="smooth", begin=begin, ratio=k / (len(scales) - 1))
+        yield mix_codes(B=batch, n=n, V=V, C=C)
     if unused:
         yield linear(M=M, K=D, N=4 * D, variant="gelu", dtype=dtype)
         yield linear(M=M, K=D, N=3 * D, variant="", dtype=dtype)
@@ -276,6 +277,22 @@ def draw(*, B: int, n: int, V: int, C: int, variant: str = "", begin: int = 0, r
     traffic += 8 * B + 4 * B * n * V if smooth else 0
     shape = {"B": B, "n": n, "V": V}
     return Case(operation="draw", variant=variant, shape=shape, dtype=FP32, bytes=traffic, build=build)
+
+
+def mix_codes(*, B: int, n: int, V: int, C: int) -> Case:
+    def build(new: Inputs) -> Setup:
+        weights_BnV, codebook_VC = new.normal(B, n, V).softmax(-1), new.normal(V, C)
+        codes_BnC = new.unwritten(B, n, C)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(weights_BnV, codebook_VC, codes_out_BnC=codes_BnC)
+            return (codes_BnC,)
+
+        return Setup(ours=ours, eager=eager.mix_codes, arguments=(weights_BnV, codebook_VC))
+
+    traffic, flops = 4 * B * n * V + 4 * V * C + 4 * B * n * C, 2 * B * n * V * C
+    shape = {"B": B, "n": n, "V": V}
+    return Case(operation="mix_codes", shape=shape, dtype=FP32, bytes=traffic, flops=flops, build=build)
 
 
 def next_scale(*, B: int, p: int, q: int, h: int, C: int, D: int) -> Case:

@@ -85,6 +85,10 @@ def draw(
     return tokens_Bn, codebook_VC[tokens_Bn], scores_BnV.softmax(-1)
 
 
+def mix_codes(weights_BnV: Tensor, codebook_VC: Tensor) -> Results:
+    return (weights_BnV @ codebook_VC,)
+
+
 def next_scale(
     codes_BnC: Tensor, f_hat_BChh: Tensor, weight_CC33: Tensor, bias_C: Tensor, word_CD: Tensor, position_mD: Tensor
 ) -> Results:

@@ -24,6 +24,7 @@ class Ops:
     draw: Callable[..., None]
     groupnorm_silu: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    mix_codes: Callable[..., None]
     next_scale: Callable[..., None]
     quantize_rows: Callable[..., None]
     to_pixels: Callable[..., None]

@@ -182,6 +182,16 @@ def draw(
         smooth_weights_out_BnV.copy_(scores_BnV.masked_fill(~kept_BnV, -math.inf).softmax(-1))
 
 
+def mix_codes(
+    weights_BnV: Tensor,  # float32, of `draw`
+    codebook_VC: Tensor,  # float32
+    *,
+    codes_out_BnC: Tensor,  # float32
+) -> None:
+    """Smooth weights times codebook: what takes the place of a drawn code."""
+    torch.matmul(weights_BnV, codebook_VC, out=codes_out_BnC)
+
+
 def smooth_temperature(ratio: float) -> float:
     """τ of the smooth mixture at ratio k/(K − 1), as published."""
     return max(0.27 * (1 - 0.95 * ratio), 0.005)

@@ -72,6 +72,11 @@ def _draw(side: int, *, guided: bool = True, smooth: bool = False) -> Arguments:
     }
 
 
+def _mix_codes(side: int) -> Arguments:
+    n = side**2
+    return {"weights_BnV": _t(2, n, V), "codebook_VC": _t(V, C), "codes_out_BnC": _t(2, n, C)}
+
+
 def _groupnorm_silu(
     side: int,
     dtype: torch.dtype,
@@ -184,6 +189,7 @@ CASES = (
     *(_case(_linear, "d16", 16, dtype, quick=True) for dtype in (FP16, FP32)),
     *(_case(_linear, "d16", side, BF16, layer="fc1", int8=True, quick=side == 16) for side in (1, 16)),
     _case(_linear, "d16", 16, FP16, int8=True),
+    _case(_mix_codes, 16, quick=True),
     *(_case(_next_scale, "d16", side, quick=side > 10) for side in (1, 6, 13, 16)),
     _case(_next_scale, "d30", 13),
     *(_case(_next_scale, "d36-s", side) for side in (1, 24, 32)),

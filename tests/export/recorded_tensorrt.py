@@ -72,6 +72,8 @@ class Recorder:
     trt: ModuleType
     answers: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    #: The same for what depends on the object, which comes first: it may keep anything in its `state`.
+    behaviours: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
 
     #: Classes that code makes objects of, which only the libraries could.
     MADE = ("Builder", "OnnxParser", "OnnxParserRefitter", "Refitter", "Runtime")
@@ -93,6 +95,9 @@ class Recorder:
     def _constructed(self, cls: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self.bound(cls, "__init__", args, kwargs)
         self.calls.append(Call(cls, "__init__", arguments))
+        if (cls, "__init__") in self.behaviours:
+            self.behaviours[cls, "__init__"](made := self.make(cls), **arguments)
+            return made
         return self.answers.get((cls, "__init__"), lambda **_: self.make(cls))(**arguments)
 
     def bound(self, cls: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -145,18 +150,23 @@ class _Made:
     """An object that only the libraries could make."""
 
     def __init__(self, recorder: Recorder, cls: str) -> None:
-        self.__dict__.update(_recorder=recorder, _cls=cls, _set={})
+        self.__dict__.update(_recorder=recorder, _cls=cls, _set={}, state={})
 
     def __getattr__(self, name: str) -> Any:
         recorder, cls = self._recorder, self._cls
         described = getattr(getattr(recorder.trt, cls), name)  # AttributeError for what the class does not have
+        behaviour = recorder.behaviours.get((cls, name))
         if isinstance(described, property):
+            if behaviour is not None:
+                return behaviour(self)
             answer = recorder.answers.get((cls, name))
             return self._set.get(name) if answer is None else answer()
 
         def call(*args: Any, **kwargs: Any) -> Any:
             arguments = recorder.bound(cls, name, args, kwargs)
             recorder.calls.append(Call(cls, name, arguments))
+            if behaviour is not None:
+                return behaviour(self, **arguments)
             if (cls, name) in recorder.answers:
                 return recorder.answers[cls, name](**arguments)
             returned = _signatures(described.__doc__, name)[0][1].removeprefix("tensorrt_bindings.tensorrt.")

@@ -13,13 +13,18 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.export.recorded_tensorrt import Recorder, real_bindings
-from var_deploy.bundle import Bundle
+from tests.var_deploy.host_cuda import HostCuda, host_compiled
+from var_deploy.bundle import Bundle, sha256_of
 from var_deploy.cli import app
+from var_deploy.engines import tensorrt_library
 from var_deploy.errors import BundleError, EngineError
-from var_export import tensorrt as builder
+from var_deploy.gpu import Gpu
+from var_deploy.locks import exclusive
+from var_deploy.plans import Batch, Layout
 from var_export.bundle import write_bundle
-from var_export.tensorrt import Gpu, build_plans
-from var_export.tensorrt_plans import Batch, Layout, plans_of
+from var_export.tensorrt import build_plans
+from var_export.tensorrt_plans import plans_of
+from var_kernels import ahead_of_time
 from var_train.checkpoint import load_pair
 
 BATCH = Batch(least=1, tuned=1, most=4)
@@ -48,6 +53,8 @@ def recorder(bindings, monkeypatch) -> Recorder:
         ("INetworkDefinition", "num_layers"): lambda: 0,
     }
     monkeypatch.setitem(sys.modules, "tensorrt", recorder)
+    monkeypatch.setattr(ahead_of_time, "compiled", host_compiled)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return recorder
 
 
@@ -73,8 +80,9 @@ def test_every_plan_is_built_and_sealed(recorder, bundle):
         "layout": "per-scale",
     }
     assert record["plans"].keys() == {plan.name for plan in plans}
-    assert not any(entry["decomposed_attention"] for entry in record["plans"].values())
-    assert (directory / "timing.cache").read_bytes() == b"timings"
+    assert not any(entry["attention_not_fused"] for entry in record["plans"].values())
+    assert (directory.parent / "timing.cache").read_bytes() == b"timings"
+    assert record["kernels"] == sha256_of(directory / "kernels" / "kernels.json")
     Bundle.open(bundle)  # still whole
 
 
@@ -177,7 +185,7 @@ def test_what_a_callback_raises_ends_the_build(recorder, bundle, where, error):
     recorder.answers["Builder", "build_serialized_network"] = build
     with pytest.MonkeyPatch.context() as patch:
         if where == "log":
-            patch.setattr(builder.log, "log", stop)
+            patch.setattr(tensorrt_library.log, "log", stop)
         with pytest.raises(error):
             built(bundle, progress=stop if where == "step" else lambda *_: None)
     assert len(recorder.of("parse_from_file")) == 1  # no second try
@@ -227,19 +235,25 @@ def test_attention_is_decomposed_where_nothing_fused_fits(recorder, bundle, capl
         ("IAttentionInputLayer", "attention"): lambda: attention,
     }
     whole, tries = recorder.answers["Builder", "build_serialized_network"], iter([True, False])
-    recorder.answers["Builder", "build_serialized_network"] = lambda **arguments: (
-        None if next(tries, False) else whole(**arguments)
-    )
+
+    def build(**arguments: object) -> bytes | None:
+        if not next(tries, False):
+            return whole(**arguments)
+        logger = recorder.calls[0].arguments["logger"]
+        return logger.log(recorder.trt.ILogger.Severity.ERROR, "no kernel fits")
+
+    recorder.answers["Builder", "build_serialized_network"] = build
     directory = built(bundle)
     assert recorder.of("decomposable") == [{"value": True}]
-    assert "condition: no plan; trying with several kernels for attention instead of a fused one" in caplog.text
+    assert "condition: no plan with fused attention (no kernel fits); trying with several kernels" in caplog.text
     plans = json.loads((directory / "plans.json").read_text())["plans"]
-    assert [name for name, entry in plans.items() if entry["decomposed_attention"]] == ["condition"]
+    reasons = {name: entry["attention_not_fused"] for name, entry in plans.items() if entry["attention_not_fused"]}
+    assert reasons == {"condition": "no kernel fits"}
 
 
 def test_a_graph_that_cannot_be_built_leaves_what_was_before(recorder, bundle, caplog):
     recorder.answers["Builder", "build_serialized_network"] = lambda **_: None
-    with pytest.raises(EngineError, match=r"tensorrt: condition.onnx could not be built; TensorRT's messages"):
+    with pytest.raises(EngineError, match=r"tensorrt: condition.onnx could not be built: TensorRT gave no reason"):
         built(bundle)
     assert list((bundle / "plans").rglob("*.plan")) == []
     assert "several kernels" not in caplog.text  # it has no attention
@@ -305,8 +319,8 @@ def test_without_tensorrt(bundle, monkeypatch):
         EngineError, match=r"^tensorrt: cannot be used \(.*\): pip install 'var-deploy\[tensorrt\]' where"
     ):
         built(bundle)
-    with pytest.raises(EngineError, match=r"^tensorrt: cuda-python cannot be used \(.*\): pip install 'var-deploy"):
-        Gpu.current()
+    with pytest.raises(EngineError, match=r"^cuda-python cannot be used \(.*\): pip install 'var-deploy"):
+        Gpu.at(None)
 
 
 def test_another_version(recorder, bundle):
@@ -320,6 +334,44 @@ def test_a_machine_without_a_gpu(bindings, bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", bindings)
     with pytest.raises(EngineError, match="no builder could be made; is there an NVIDIA GPU with a driver for CUDA 13"):
         built(bundle)
+
+
+def test_a_machine_whose_driver_is_too_old(recorder, bundle, monkeypatch):
+    cuda = HostCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(cuda.runtime, "cudaGetDevice", lambda: (cuda.runtime.cudaError_t.cudaErrorInvalidValue, None))
+    with pytest.raises(EngineError, match="no GPU can be used: CUDA says cudaErrorInvalidValue; check the driver with"):
+        build_plans(bundle, batch=BATCH)
+
+
+@pytest.mark.parametrize("why", ["no triton", "interpreter"])
+def test_without_triton_plans_have_no_kernels(recorder, bundle, monkeypatch, caplog, why):
+    if why == "interpreter":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    else:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    directory = built(bundle)
+    assert "without them an engine draws on the host, and only if asked to" in caplog.text
+    assert json.loads((directory / "plans.json").read_text())["kernels"] is None
+    assert not (directory / "kernels").exists()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorrt", recorder)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ahead_of_time, "compiled", host_compiled)
+    recorder.calls.clear()
+    built(bundle)
+    assert recorder.of("parse_from_file") == []  # the plans stay
+    assert (directory / "kernels" / "draw.cubin").is_file()
+
+
+def test_one_build_at_a_time(recorder, bundle):
+    directory = built(bundle)
+    with (
+        exclusive(directory.parent / ".lock", "plans"),
+        pytest.raises(BundleError, match=r"\.lock: another process makes plans here; wait until it has ended"),
+    ):
+        built(bundle, batch=Batch(least=1, tuned=1, most=2))
+    built(bundle, batch=Batch(least=1, tuned=1, most=2))
 
 
 def test_a_directory_that_cannot_be_written(recorder, bundle):
@@ -370,7 +422,7 @@ def run(*arguments: object):
 
 
 def test_the_command_builds(recorder, bundle, monkeypatch):
-    monkeypatch.setattr(Gpu, "current", classmethod(lambda _: GPU))
+    HostCuda().install(monkeypatch)
     result = run(bundle, "--batch", "1:2:4", "--layout", "profiles", "--workspace", "2GB", "--precision", "fp32")
     assert result.exit_code == 0, result.exception
     assert result.output == f"{bundle / 'plans' / 'nvidia-h200-sm90-11.4.0.106' / 'profiles-1-2-4'}\n"

@@ -363,7 +363,7 @@ def test_other_weights_of_the_same_shape_fail_the_gate(small_bundle, small_paths
 def test_an_engine_is_named(small_bundle, small_paths, engine):
     with pytest.raises(RequestError) as refusal:
         verify_bundle(small_bundle, *small_paths, engine=engine)
-    assert str(refusal.value) == f"engine: got {engine!r}, expected one by name: onnx, torch"
+    assert str(refusal.value) == f"engine: got {engine!r}, expected one by name: onnx, torch, tensorrt"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp4"])

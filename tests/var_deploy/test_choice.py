@@ -95,9 +95,9 @@ def _without(monkeypatch: pytest.MonkeyPatch, library: str, *ours: str) -> None:
 @pytest.mark.parametrize(
     ("engine", "device", "options", "message"),
     [
-        ("cuda", "auto", {}, "unknown engine 'cuda'; known: auto, onnx, torch"),
-        ("", "auto", {}, "unknown engine ''; known: auto, onnx, torch"),
-        ("Torch", "auto", {}, "unknown engine 'Torch'; known: auto, onnx, torch"),
+        ("cuda", "auto", {}, "unknown engine 'cuda'; known: auto, onnx, torch, tensorrt"),
+        ("", "auto", {}, "unknown engine ''; known: auto, onnx, torch, tensorrt"),
+        ("Torch", "auto", {}, "unknown engine 'Torch'; known: auto, onnx, torch, tensorrt"),
         ("auto", "gpu", {}, "unknown device 'gpu'; known: auto, cpu, cuda, cuda:N"),
         ("torch", "cuda:", {}, "unknown device 'cuda:'; known: auto, cpu, cuda, cuda:N"),
         ("torch", "cuda:-1", {}, "unknown device 'cuda:-1'; known: auto, cpu, cuda, cuda:N"),

@@ -239,7 +239,10 @@ def test_a_gpu_that_is_not_there_is_one_line(tiny_bundle, tmp_path, monkeypatch)
             ["--class", 1, "--guidance", "much", "--out", "x"],
             "guidance: got 'much', expected a number or one per scale, like 0,0.5,1",
         ),
-        (["--class", 1, "--engine", "warp", "--out", "x.png"], "unknown engine 'warp'; known: auto, onnx, torch"),
+        (
+            ["--class", 1, "--engine", "warp", "--out", "x.png"],
+            "unknown engine 'warp'; known: auto, onnx, torch, tens",
+        ),
         (
             ["--class", 1, "--out", "x.docx"],
             "x.docx: unknown picture format '.docx'; use .png, .jpg, .jpeg, .webp, or a directory name",
@@ -443,7 +446,7 @@ def test_the_installed_program_is_the_same_command_line():
     found = shutil.which(str(program)) or shutil.which("var-deploy")
     assert found, "var-deploy is not installed beside this Python"
     result = subprocess.run([found, "--help"], capture_output=True, text=True, check=True)
-    for command in ("export", "inspect", "generate", "verify", "bench"):
+    for command in ("export", "triton-repo", "inspect", "generate", "verify", "bench"):
         assert command in result.stdout
 
 

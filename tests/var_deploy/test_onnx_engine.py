@@ -162,7 +162,7 @@ def test_two_threads_get_the_pictures_they_would_get_one_by_one(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "cuda"}, "unknown engine 'cuda'; known: auto, onnx, torch"),
+        ({"engine": "cuda"}, "unknown engine 'cuda'; known: auto, onnx, torch, tensorrt"),
         ({"device": "tpu"}, "unknown device 'tpu'; known: auto, cpu, cuda, cuda:N"),
         ({"graphs": "both"}, "unknown graphs 'both'; known: symbolic, static"),
         ({"threads": 0}, "threads: got 0, expected at least 1, or none for one per core"),

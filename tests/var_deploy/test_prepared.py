@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import var_deploy
-from var_deploy import prepared
+from var_deploy import locks, prepared
 from var_deploy.engines import onnx as onnx_engine
 from var_deploy.errors import EngineError, RequestError
 from var_deploy.prepared import (
@@ -139,7 +139,7 @@ class TestEntry:
         def unsupported(*_: object) -> None:
             raise OSError(38, "Function not implemented")
 
-        monkeypatch.setattr(prepared.fcntl, "flock", unsupported)
+        monkeypatch.setattr(locks.fcntl, "flock", unsupported)
         caplog.set_level(logging.INFO)
 
         def overtaken(directory: Path) -> None:
@@ -155,7 +155,7 @@ class TestEntry:
         monkeypatch.setattr(prepared, "PATIENCE", 0.2)
         cache.directory.mkdir()
         with (cache.directory / prepared.LOCK).open("w") as held:
-            prepared.fcntl.flock(held, prepared.fcntl.LOCK_EX)
+            locks.fcntl.flock(held, locks.fcntl.LOCK_EX)
             assert cache.entry("x", ["1"], 6, write) is not None
         assert "held for 0 s by another process; going on without it" in caplog.text
 
@@ -171,7 +171,7 @@ class TestEntry:
 
         assert cache.entry("x", ["1"], 6, fork) is not None
         with (cache.directory / prepared.LOCK).open("w") as free:
-            prepared.fcntl.flock(free, prepared.fcntl.LOCK_EX | prepared.fcntl.LOCK_NB)
+            locks.fcntl.flock(free, locks.fcntl.LOCK_EX | locks.fcntl.LOCK_NB)
         os.kill(children[0], signal.SIGKILL)
         os.waitpid(children[0], 0)
 
@@ -184,7 +184,7 @@ class TestEntry:
         assert "cannot be kept (Permission denied)" in caplog.text
 
     def test_without_the_module_of_locks(self, cache, monkeypatch):
-        monkeypatch.setattr(prepared, "fcntl", None)
+        monkeypatch.setattr(locks, "fcntl", None)
         assert cache.entry("x", ["1"], 6, write) is not None
 
     def test_what_nobody_uses_is_removed(self, cache):

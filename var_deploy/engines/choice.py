@@ -14,11 +14,11 @@ from ..cpus import usable_cpus
 from ..errors import EngineError
 from ..precision import BUNDLE_PRECISIONS, Precision
 from ..prepared import PreparedCache
-from .engine import Decoder, Engine, Graphs
+from .engine import Decoder, Draw, Engine, Graphs
 
 log = logging.getLogger("var_deploy")
 
-ENGINES = ("onnx", "torch")
+ENGINES = ("onnx", "torch", "tensorrt")
 
 #: What the kernels are compiled and checked for: Ampere, the first with bfloat16.
 MIN_CAPABILITY = (8, 0)
@@ -40,6 +40,8 @@ class EngineOptions:
     memory_limit: int | None = None
     decode_slice: int | None = None
     compile_decoder: bool = False
+    plans: str | None = None
+    draw: str = Draw.DEVICE
 
 
 def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions) -> Engine:
@@ -57,6 +59,8 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
         raise EngineError(f"unknown graphs {options.graphs!r}; known: {', '.join(Graphs)}")
     if options.decoder not in ("auto", *Decoder):
         raise EngineError(f"unknown decoder {options.decoder!r}; known: auto, {', '.join(Decoder)}")
+    if options.draw not in set(Draw):
+        raise EngineError(f"unknown draw {options.draw!r}; known: {', '.join(Draw)}")
     for name, value, default in (
         ("threads", options.threads, "one per core"),
         ("memory_limit", options.memory_limit, "what is free"),
@@ -69,7 +73,7 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
         engine, reason = _best(device, bundle.manifest.precision)
     _refuse_foreign_options(engine, options)
     _refuse_foreign_precision(engine, bundle.manifest.precision, options.precision)
-    start = _torch if engine == "torch" else _onnx
+    start = {"onnx": _onnx, "torch": _torch, "tensorrt": _tensorrt}[engine]
     return start(bundle, device, options, reason)
 
 
@@ -114,18 +118,19 @@ def _driver_present() -> bool:
 
 def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
     """An option that the engine would not follow is an error, not a silence."""
-    if engine == "onnx":
-        given: dict[str, object] = {
-            "decode_slice": options.decode_slice,
-            "compile_decoder": options.compile_decoder,
-        }
-    else:
-        given = {
-            "threads": options.threads,
-            "memory_limit": options.memory_limit,
-            "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None,
-            "decoder": options.decoder if options.decoder != "auto" else None,
-        }
+    of_onnx: dict[str, object] = {
+        "threads": options.threads,
+        "memory_limit": options.memory_limit,
+        "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None,
+        "decoder": options.decoder if options.decoder != "auto" else None,
+    }
+    of_torch: dict[str, object] = {"decode_slice": options.decode_slice, "compile_decoder": options.compile_decoder}
+    of_tensorrt: dict[str, object] = {
+        "plans": options.plans,
+        "draw": options.draw if options.draw != Draw.DEVICE else None,
+    }
+    by_engine = {"onnx": of_onnx, "torch": of_torch, "tensorrt": of_tensorrt}
+    given = {name: value for other, own in by_engine.items() if other != engine for name, value in own.items()}
     foreign = [name for name, value in given.items() if value]
     if foreign:
         raise EngineError(f"engine {engine!r} has no option {', '.join(foreign)}; leave it out")
@@ -136,6 +141,14 @@ def _refuse_foreign_precision(engine: str, bundle: Precision, asked: str) -> Non
     if engine == "torch" and bundle is not Precision.FP32:
         step = "export fp32" if bundle is Precision.BF16 else "use engine 'onnx' on a CPU, or export fp32"
         raise EngineError(f"engine 'torch' reads fp32 bundles, the bundle is {bundle}; {step}")
+    if engine == "tensorrt" and bundle is Precision.INT8:
+        raise EngineError(
+            "engine 'tensorrt': the bundle is int8, which only ONNX Runtime runs; export fp16, bf16 or fp32"
+        )
+    if engine == "tensorrt" and asked not in ("auto", bundle):
+        raise EngineError(
+            f"engine 'tensorrt': the bundle is {bundle}, got precision {asked!r}; export that precision and build it"
+        )
     if engine == "onnx" and asked not in ("auto", bundle):
         steps = [f"export with --precision {asked}"] if asked in BUNDLE_PRECISIONS else []
         steps += ["use engine 'torch'"] if bundle is Precision.FP32 else []
@@ -221,3 +234,13 @@ def _torch(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> 
         compile_decoder=options.compile_decoder,
         reason=reason,
     )
+
+
+def _tensorrt(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:
+    if device == "cpu":
+        raise EngineError("engine 'tensorrt' needs an NVIDIA GPU, got device 'cpu'; use engine 'onnx'")
+    from .tensorrt import tensorrt_engine
+
+    index = int(device.partition(":")[2] or 0)
+    on_host = options.draw == Draw.HOST
+    return tensorrt_engine(bundle, index, plans=options.plans, draw_on_host=on_host, reason=reason)

@@ -32,6 +32,13 @@ class Decoder(StrEnum):
     WINOGRAD = "winograd"
 
 
+class Draw(StrEnum):
+    """Where tokens are drawn on engines whose logits lie on a GPU: there, by compiled kernels, or on the host."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
 class State(Protocol):
     """One generation in flight: the engine's caches and f_hat. States are independent of each other."""
 
@@ -94,7 +101,7 @@ class LoopResult:
     """What a whole generation on the engine's side brings back; every array is the caller's."""
 
     tokens: list[np.ndarray]  #: per scale, int64 [B, n_k]
-    bytes_BRR3: np.ndarray  #: uint8 RGB
+    bytes_BRR3: np.ndarray | None  #: uint8 RGB; None: to be made of the pixels
     pixels: Callable[[], np.ndarray]  #: float32 [B, 3, R, R] in [0, 1], fetched when first called
     timings: dict[str, float]  #: seconds per stage
 
@@ -102,6 +109,11 @@ class LoopResult:
 @runtime_checkable
 class DeviceLoop(Protocol):
     """An engine that draws and decodes where its arrays live, so that nothing crosses to the host between scales."""
+
+    @property
+    def max_batch(self) -> int | None:
+        """The most images that `generate` takes at a time; None: as many as fit."""
+        ...
 
     def generate(
         self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None

@@ -16,7 +16,7 @@ from ...config import VARConfig, VQVAEConfig
 from ...precision import Precision
 from ...sampling import Settings
 from ...signature import TensorSpec
-from ...static_buffers import decode_specs, input_specs, output_specs, work_specs
+from ...static_buffers import decode_specs, fill_request, input_specs, output_specs, work_specs
 from .weights import dtype_of
 
 _ALIGNMENT = 16  # of a packed tensor's first byte, for wide loads
@@ -79,16 +79,7 @@ class Buffers:
 
     def fill(self, labels_B: np.ndarray, seeds: list[int], settings: Settings) -> None:
         """Writes a request into the host's side of the inputs; images beyond it are drawn greedily from class 0."""
-        host, B = self.inputs.host, len(labels_B)
-        host["labels_R"][:] = 0
-        host["labels_R"][:B] = labels_B
-        host["labels_R"][self.batch :] = self.config.null_class  # none, where there are no null rows
-        host["seeds_B"][:B] = np.array(seeds, dtype=np.uint64).view(np.int64)
-        host["strength_KB"][:] = np.array(settings.strengths, dtype=np.float32)[:, None]
-        host["temperature_B"][:] = settings.temperature
-        host["top_k_B"][:] = 1
-        host["top_k_B"][:B] = min(settings.top_k, self.config.vocab_size)
-        host["top_p_B"][:] = settings.top_p
+        fill_request(self.inputs.host, self.config, self.batch, labels_B, seeds, settings)
 
     def tokens_in(self, k: int, rows: int) -> Tensor:
         """Input tokens of scale k, [rows·n_k, D]: where its residual stream starts."""

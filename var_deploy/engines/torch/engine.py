@@ -140,6 +140,7 @@ class TorchEngine:
     """Runs a bundle's weights with PyTorch. Requests of several threads take turns; results are copies."""
 
     name = "torch"
+    max_batch = None
 
     def __init__(
         self,

@@ -113,7 +113,7 @@ class Program:
             ratio=self.var.ratio(k),
         )
         if weights_BnV is not None:
-            torch.matmul(weights_BnV, codebook_VC, out=b.codes(k))
+            self._ops.mix_codes(weights_BnV, codebook_VC, codes_out_BnC=b.codes(k))
 
     def decode(self, f_hat_BlC: Tensor, decode: DecodeBuffers) -> None:
         """f_hat → float and 8-bit pixels, all images at once or slice by slice."""

@@ -1,0 +1,51 @@
+"""Locks between processes: held by the one that writes what others want to write too; gone when it dies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from .errors import RequestError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("var_deploy")
+
+
+def try_lock(file: TextIO) -> bool | None:
+    """Whether the lock could be had; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.info("%s: cannot be locked (%s)", file.name, error.strerror)
+        return None
+    return True
+
+
+def unlock(file: TextIO) -> None:
+    """Of a lock that is held; closing alone would leave it to a child that was forked meanwhile."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Holds a lock file. Raises RequestError where another process does, and OSError."""
+    with path.open("w") as file:
+        held = try_lock(file)
+        if held is False:
+            raise RequestError(f"{path}: another process makes {what} here; wait until it has ended")
+        try:
+            yield
+        finally:
+            if held:
+                unlock(file)
