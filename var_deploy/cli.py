@@ -132,6 +132,9 @@ def build(
         typer.Option(metavar="SIZE", help="Scratch memory of a kernel, in MB or as 4GB; default TensorRT's."),
     ] = None,
     optimization_level: Annotated[int, typer.Option(min=0, max=5, help="Higher builds longer.")] = 3,
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="With Triton kernels inside; not measured yet, so not the default.")
+    ] = False,
     trtexec: Annotated[bool, typer.Option("--trtexec", help="Build nothing, print the lines for trtexec.")] = False,
 ) -> None:
     """Build TensorRT plans of a bundle on this machine's GPU; what is there already stays."""
@@ -159,6 +162,7 @@ def build(
             layout=asked[1],
             workspace=_bytes(workspace),
             optimization_level=optimization_level,
+            plugins=_needs("var_export.tensorrt_plugins", "export,gpu").register_plugins if plugins else None,
             progress=lambda plan, what, done, total: bar.update(
                 task, description=f"{plan}: {what}", completed=done, total=total or None
             ),

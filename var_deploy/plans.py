@@ -1,7 +1,8 @@
 """TensorRT plans beside a bundle: where they lie, what they were built from, and whether they are whole.
 
-`BUNDLE/plans/<GPU>-<TensorRT>/<layout>-<batch>/` holds `plans.json`, a `.plan` for every graph, and compiled kernels of
-the draw. A plan runs on that model of GPU with that version of TensorRT, and with the bundle it was built from, alone.
+`BUNDLE/plans/<GPU>-<TensorRT>/<layout>[-plugins]-<batch>/` holds `plans.json`, a `.plan` for every graph, and compiled
+kernels of the draw. A plan runs on that model of GPU with that version of TensorRT, and with the bundle it was built
+from, alone.
 """
 
 from __future__ import annotations
@@ -63,9 +64,12 @@ def plan_names(num_scales: int, layout: Layout) -> list[str]:
     return ["condition", *scales, "finish", "decoder", "encoder"]
 
 
-def plans_directory(bundle: Bundle, gpu: Gpu, version: str, layout: Layout, batch: Batch) -> Path:
-    """Where plans of a bundle lie."""
-    return bundle.path / "plans" / gpu.directory(version) / f"{layout}-{batch}".replace(":", "-")
+def plans_directory(
+    bundle: Bundle, gpu: Gpu, version: str, layout: Layout, batch: Batch, *, plugins: bool = False
+) -> Path:
+    """Where plans of a bundle lie; plugins: those with kernels of ours inside, beside the plain ones."""
+    kind = f"{layout}-plugins" if plugins else str(layout)
+    return bundle.path / "plans" / gpu.directory(version) / f"{kind}-{batch}".replace(":", "-")
 
 
 def bundle_digest(bundle: Bundle) -> str:
@@ -82,6 +86,7 @@ class PlanSet:
     layout: Layout
     batch: Batch
     seals: dict[str, FileSeal]
+    plugins: bool  #: kernels of ours inside
     kernels_sha256: str | None  #: of kernels.json; None: built without kernels
 
     def read(self, name: str) -> bytes:
@@ -115,8 +120,8 @@ class PlanSet:
 
 def find_plans(bundle: Bundle, gpu: Gpu, version: str, asked: str | None = None) -> PlanSet:
     """The plans of a bundle for this GPU and TensorRT: those asked for by the name of their directory, or of those that
-    are whole the ones for the largest batch, a plan per scale before one for all. Raises EngineError, saying what to
-    build.
+    are whole the ones for the largest batch, plain ones before those with plugins, a plan per scale before one for all.
+    Raises EngineError, saying what to build.
     """
     here, root = gpu.directory(version), bundle.path / "plans"
     place = root / here
@@ -137,7 +142,7 @@ def find_plans(bundle: Bundle, gpu: Gpu, version: str, asked: str | None = None)
             problems.append(str(error))
     if not whole:
         raise EngineError("; ".join(problems) or f"{place}: holds no finished plans; {_build(bundle.path)}")
-    return max(whole, key=lambda plans: (plans.batch.most, plans.layout is Layout.PER_SCALE))
+    return max(whole, key=lambda plans: (plans.batch.most, not plans.plugins, plans.layout is Layout.PER_SCALE))
 
 
 def _plan_set(bundle: Bundle, directory: Path) -> PlanSet:
@@ -146,7 +151,7 @@ def _plan_set(bundle: Bundle, directory: Path) -> PlanSet:
         record = json.loads(path.read_text())
         layout, batch = Layout.parse(record["layout"]), Batch.parse(record["batch"])
         seals = {name: FileSeal(size=seal["size"], sha256=seal["sha256"]) for name, seal in record["plans"].items()}
-        kernels = record.get("kernels")
+        kernels, plugins = record.get("kernels"), bool(record.get("plugins"))
         made_from = record["bundle"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, VarDeployError) as error:
         raise EngineError(f"{path}: damaged ({error}); {_build(bundle.path)}") from error
@@ -154,7 +159,9 @@ def _plan_set(bundle: Bundle, directory: Path) -> PlanSet:
         raise EngineError(f"{directory}: built from another export of this bundle; {_build(bundle.path)}")
     if missing := [name for name in plan_names(bundle.manifest.var.num_scales, layout) if name not in seals]:
         raise EngineError(f"{directory}: not finished, {', '.join(missing)} missing; {_build(bundle.path)}")
-    return PlanSet(directory=directory, layout=layout, batch=batch, seals=seals, kernels_sha256=kernels)
+    return PlanSet(
+        directory=directory, layout=layout, batch=batch, seals=seals, plugins=plugins, kernels_sha256=kernels
+    )
 
 
 def _build(path: Path) -> str:

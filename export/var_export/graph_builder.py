@@ -93,6 +93,10 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)
 
+    def declare(self, x: ir.Value, dtype: str, shape: tuple[int | str, ...]) -> None:
+        """States type and shape of a result where its operator is none that shape inference knows."""
+        x.type, x.shape = ir.TensorType(_DTYPES[dtype]), ir.Shape(shape)
+
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
         """Reshape; 0 keeps an axis, −1 infers it."""
         return self.op("Reshape", x, self.ints(*shape))

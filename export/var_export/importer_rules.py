@@ -9,10 +9,12 @@ typed: operands of one type, nothing is cast for them). A graph that passes is n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx
 from onnx import TensorProto, helper
+
+from .plugin_nodes import ACTIVATION, LOOK_UP, NAMESPACE, PLUGINS
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 NUMBERS = FLOATS | {TensorProto.INT32, TensorProto.INT64}
@@ -64,19 +66,22 @@ RESIZE = {
 }
 
 
-def importer_problems(model: onnx.ModelProto, *, free_axes: frozenset[str] = frozenset({"R", "B"})) -> list[str]:
+def importer_problems(
+    model: onnx.ModelProto, *, free_axes: frozenset[str] = frozenset({"R", "B"}), plugins: bool = False
+) -> list[str]:
     """What TensorRT's importer would refuse, or read as something else, one line each; none for a graph that may pass.
 
     free_axes: names of axes of inputs and outputs that may be left open until run time; all others have to be numbers.
+    plugins: whether those of `plugin_nodes` will be registered.
     """
-    return list(_Graph(model, free_axes).problems())
+    return list(_Graph(model, free_axes, plugins).problems())
 
 
 class _Graph:
     """One graph with the types and shapes of all its values."""
 
-    def __init__(self, model: onnx.ModelProto, free_axes: frozenset[str]) -> None:
-        self._model, self._graph, self._free_axes = model, model.graph, free_axes
+    def __init__(self, model: onnx.ModelProto, free_axes: frozenset[str], plugins: bool) -> None:
+        self._model, self._graph, self._free_axes, self._plugins = model, model.graph, free_axes, plugins
         try:
             inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         except onnx.shape_inference.InferenceError:  # of an operator from nowhere, which is a problem of its own
@@ -93,6 +98,7 @@ class _Graph:
             if value.type.tensor_type.HasField("shape"):
                 self._shapes[value.name] = [_length(dim) for dim in value.type.tensor_type.shape.dim]
         self._readers = Counter(name for node in self._graph.node for name in node.input if name)
+        self._makers = {name: node for node in self._graph.node for name in node.output}
 
     def problems(self) -> Iterator[str]:
         """All of them, in the order of the nodes."""
@@ -108,6 +114,9 @@ class _Graph:
                 yield f"{node.name} ({node.op_type}): {problem}"
 
     def _node_problems(self, node: onnx.NodeProto) -> Iterator[str]:
+        if self._is_plugin(node):
+            yield from self._plugin(node)
+            return
         if node.domain or node.op_type not in OPERATORS:
             domain = f" (domain {node.domain})" if node.domain else ""
             yield f"not an operator that the importer is known to read{domain}"
@@ -130,6 +139,33 @@ class _Graph:
         elif node.op_type in ("LayerNormalization", "InstanceNormalization") and len(node.output) > 1:
             yield "more than one output"
 
+    def _is_plugin(self, node: onnx.NodeProto) -> bool:
+        return self._plugins and node.domain == NAMESPACE and node.op_type in PLUGINS
+
+    def _plugin(self, node: onnx.NodeProto) -> Iterator[str]:
+        """It has exactly the signature that will be registered, and TensorRT is told what it cannot infer."""
+        spec = PLUGINS[node.op_type]
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        for name, value in LOOK_UP.items():
+            expected = value.encode() if isinstance(value, str) else value
+            if (got := attributes.pop(name, None)) != expected:
+                yield f"attribute {name} is {got!r}, expected {expected!r}"
+        kinds = {name: type(value) for name, value in attributes.items()}
+        if kinds != dict(spec.attributes):
+            yield f"attributes {_kinds(kinds)}, expected {_kinds(spec.attributes)}"
+        activations = set()
+        for what, names, kinds_of in (("inputs", node.input, spec.inputs), ("outputs", node.output, spec.outputs)):
+            if len(names) != len(kinds_of) or not all(names):
+                yield f"{what} {list(names)}, expected {', '.join(kinds_of)}"
+                continue
+            for name, kind in zip(names, kinds_of.values(), strict=True):
+                if self._types.get(name) not in (FLOATS if kind == ACTIVATION else {TensorProto.FLOAT}):
+                    yield f"{name} of type {self._type(name)}"
+                elif kind == ACTIVATION:
+                    activations.add(self._type(name))
+        if len(activations) > 1:
+            yield f"activations of types {', '.join(sorted(activations))}"
+
     def _attention(self, node: onnx.NodeProto, attributes: dict[str, object]) -> Iterator[str]:
         if len([name for name in node.output if name]) > 1:
             yield "more than one output"
@@ -146,7 +182,7 @@ class _Graph:
         cache, update = node.input[:2]
         if cache not in self._inputs:
             yield f"{cache} is not an input of the graph, so it has no memory of the caller's"
-        elif self._readers[cache] > 1:
+        elif self._readers[cache] > 1 and not self._read_before(cache, update):
             yield f"{cache} is read elsewhere too, where it may be updated already"
         if node.output[0] not in self._outputs:
             yield f"{node.output[0]} is not an output of the graph"
@@ -163,6 +199,11 @@ class _Graph:
         if len(node.input) > 2 and self._types.get(node.input[2]) not in (TensorProto.INT32, TensorProto.INT64):
             yield f"write indices of type {self._type(node.input[2])}"
 
+    def _read_before(self, cache: str, update: str) -> bool:
+        """Whether the one other reader of a cache is the plugin that makes its update, so that it reads first."""
+        maker = self._makers.get(update)
+        return maker is not None and self._is_plugin(maker) and cache in maker.input and self._readers[cache] == 2
+
     def _resize(self, node: onnx.NodeProto, attributes: dict[str, object]) -> Iterator[str]:
         for name, known in RESIZE.items():
             value = attributes.get(name)
@@ -173,6 +214,10 @@ class _Graph:
 
     def _type(self, name: str) -> str:
         return TensorProto.DataType.Name(self._types.get(name, TensorProto.UNDEFINED))
+
+
+def _kinds(kinds: Mapping[str, type]) -> str:
+    return ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items()) or "none"
 
 
 def _length(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:

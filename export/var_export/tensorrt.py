@@ -7,11 +7,13 @@ against TensorRT 11.4; networks are strongly typed, so a plan computes in the pr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,12 +28,16 @@ from var_deploy.output_file import replacing
 from var_deploy.plans import KERNELS_DIRECTORY, RECORD, Batch, Layout, bundle_digest, plans_directory
 from var_deploy.staging import put_in_place, staging_directory
 
+from .plugin_graphs import plugin_graphs
 from .tensorrt_plans import Plan, memory_needed, plans_of, weight_copies
 
 log = logging.getLogger("var_deploy")
 
 #: Measurements that later builds on this GPU start from, beside the directories of plans; and held by a build.
 TIMING_CACHE, LOCK = "timing.cache", ".lock"
+
+#: Makes plugins known to TensorRT, for a GPU of this compute capability.
+Register = Callable[[tuple[int, int]], None]
 
 #: Hears of progress: a plan's name, what TensorRT does, steps done and in all.
 Progress = Callable[[str, str, int, int], None]
@@ -44,15 +50,19 @@ def build_plans(
     layout: Layout = Layout.PER_SCALE,
     workspace: int | None = None,
     optimization_level: int = 3,
+    plugins: Register | None = None,
     gpu: Gpu | None = None,
     progress: Progress = lambda *_: None,
 ) -> Path:
     """Builds all plans of a bundle that are not there yet and returns their directory.
 
-    workspace: bytes of scratch memory that a kernel may take; None leaves it to TensorRT. gpu: None asks CUDA. Raises
+    workspace: bytes of scratch memory that a kernel may take; None leaves it to TensorRT. plugins: builds the scales
+    with kernels of ours inside, which `tensorrt_plugins.register_plugins` makes known. gpu: None asks CUDA. Raises
     BundleError for a bundle that TensorRT cannot run or a directory that cannot be written, EngineError where TensorRT
     or the GPU are missing, too small, or refuse a graph.
     """
+    if plugins is not None and layout is not Layout.PER_SCALE:
+        raise RequestError(f"plugins: layout {layout} has none, as their kernels are for one scale; use per-scale")
     bundle = Bundle.open(path)
     plans = plans_of(bundle, batch, layout)
     trt = tensorrt_module()
@@ -65,13 +75,22 @@ def build_plans(
             + ("use layout profiles, or " if layout is Layout.PER_SCALE else "")
             + "make the batch smaller"
         )
-    directory = plans_directory(bundle, gpu, trt.__version__, layout, batch)
+    directory = plans_directory(bundle, gpu, trt.__version__, layout, batch, plugins=plugins is not None)
+    graphs: dict[str, bytes] = {}
+    if plugins is not None:
+        plugins(gpu.capability)
+        graphs = plugin_graphs(bundle)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with exclusive(directory.parent / LOCK, "plans"):  # builds side by side would spoil each other's timings too
-            options = {"workspace": workspace, "optimization_level": optimization_level}
+            options = {
+                "workspace": workspace,
+                "optimization_level": optimization_level,
+                "plugins": hashlib.sha256(b"".join(graphs.values())).hexdigest() if graphs else None,
+                "triton": version("triton") if graphs else None,  # its kernels are in the plans
+            }
             record = _Record(directory, bundle, batch, layout, options)
-            builder = _Builder(trt, bundle, directory, workspace, optimization_level, progress)
+            builder = _Builder(trt, bundle, directory, graphs, workspace, optimization_level, progress)
             for plan in plans:
                 if record.holds(plan.name):
                     log.info("%s: built already", directory / f"{plan.name}.plan")
@@ -103,7 +122,7 @@ class _Record:
     """plans.json: what the plans of a directory were built from, and a seal for each that is whole."""
 
     def __init__(
-        self, directory: Path, bundle: Bundle, batch: Batch, layout: Layout, options: dict[str, int | None]
+        self, directory: Path, bundle: Bundle, batch: Batch, layout: Layout, options: dict[str, int | str | None]
     ) -> None:
         self._directory, self._path = directory, directory / RECORD
         self._made_from = {
@@ -163,11 +182,14 @@ class _Builder:
         trt: ModuleType,
         bundle: Bundle,
         directory: Path,
+        graphs: dict[str, bytes],
         workspace: int | None,
         optimization_level: int,
         progress: Progress,
     ) -> None:
+        """graphs: what is built in the place of the bundle's own graph, by name."""
         self._trt, self._bundle, self._directory, self._progress = trt, bundle, directory, progress
+        self._graphs = graphs
         self._workspace, self._level = workspace, optimization_level
         self._has_attention = False  # the network read last
         self._interrupted: list[BaseException] = []  # by what a callback raised
@@ -201,7 +223,9 @@ class _Builder:
         network = self._builder.create_network(0)
         parser = trt.OnnxParser(network, self._logger)
         path = self._bundle.file(plan.graph)
-        if not parser.parse_from_file(str(path)):
+        graph = self._graphs.get(plan.name)
+        read = parser.parse_from_file(str(path)) if graph is None else parser.parse(graph, str(path))
+        if not read:
             raise EngineError(f"tensorrt: {path} was not read: {parser_errors(parser)}")
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         attention = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]

@@ -2,29 +2,27 @@
 
 One function, `scale_graph`, writes a scale of any kind. What differs between a static scale and the symbolic graph
 (where tokens begin and end, which φ, which resampling) is behind a `_Geometry`: constants in one, look-ups by the input
-`scale` in the other. Where values are float32 and how products are computed is told in `precision`. Axes as in
-`var_deploy.signature`.
+`scale` in the other. What a block does between its products is in `transformer_blocks`; where values are float32 and
+how products are computed is told in `precision`. Axes as in `var_deploy.signature`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from var_deploy.config import HEAD_DIM, PLAIN_SCALE, VARConfig, VQVAEConfig
+from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.interpolation import area_matrix, bicubic_matrix
 from var_deploy.precision import Precision
-from var_deploy.signature import GraphSpec, cache_names, graph_specs, scale_graph_name
-from var_train.var import LN_EPS
+from var_deploy.signature import GraphSpec, graph_specs, scale_graph_name
 
 from .graph_builder import GraphBuilder
 from .precision import logits, narrow, product, product_of, wide
 from .smoothing import SMOOTHING
+from .transformer_blocks import Blocks, PlainBlocks, PluginBlocks
 from .weights_file import WeightsLayout
-
-L2_EPS = 1e-12  # of PyTorch's normalize
 
 
 def condition_graph(
@@ -67,8 +65,13 @@ def scale_graph(
     layout: WeightsLayout,
     spec: GraphSpec | None = None,
     precision: Precision = Precision.FP32,
+    *,
+    plugins: bool = False,
 ) -> ir.Model:
-    """The graph of scale `k`, or with None the symbolic one: see `graph_specs` for its signature."""
+    """The graph of scale `k`, or with None the symbolic one: see `graph_specs` for its signature.
+
+    plugins: a static scale as TensorRT alone reads it, with the plugins of `plugin_nodes` between the products.
+    """
     spec = spec or graph_specs(var, vqvae, precision)["scales" if k is None else scale_graph_name(k)]
     b = GraphBuilder(spec, layout, precision)
     scale: _Geometry = _SymbolicScale(b, vqvae) if k is None else _StaticScale(b, vqvae, k)
@@ -82,58 +85,21 @@ def scale_graph(
         words_RnD = b.op("MatMul", features_RnC, b.weight("word_embed.weight"))
         x_RnD = scale.input_tokens(b.op("Add", words_RnD, scale.position()))
 
-    write_indices = scale.write_indices()
-    modulation = b.input("modulation")
-    names = cache_names(var.depth)
+    blocks: Blocks
+    if plugins:
+        assert isinstance(scale, _StaticScale)
+        blocks = PluginBlocks(b, var, x_RnD, scale.write_indices(), *scale.tokens())
+    else:
+        blocks = PlainBlocks(b, var, x_RnD, scale.write_indices(), scale.valid)
     for i in range(var.depth):
-        block_R6D = wide(b, b.op("Gather", modulation, b.constant(i, "int64"), axis=1))
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = b.op("Split", block_R6D, outputs=6, axis=1, num_outputs=6)
-        y_RnD = narrow(b, _modulated_norm(b, x_RnD, var.embed_dim, scale1, shift1))
-        q, key, value = _qkv(b, y_RnD, i, var)
-        cached = []
-        for name, update_RHnd in zip(names[2 * i : 2 * i + 2], (key, value), strict=True):
-            cache_RHLd = b.op("TensorScatter", b.input(name), update_RHnd, write_indices, axis=2, mode="linear")
-            outputs[f"{name}.out"] = cache_RHLd
-            cached.append(scale.valid(cache_RHLd))
-        attributes: dict[str, Any] = {"scale": 1.0 if var.attn_l2_norm else PLAIN_SCALE}
-        if b.activation != "float32":
-            attributes["softmax_precision"] = ir.DataType.FLOAT
-        attended = b.op("Attention", q, *cached, **attributes)
-        merged_RnD = b.reshape(b.op("Transpose", attended, perm=[0, 2, 1, 3]), 0, -1, var.embed_dim)
-        y_RnD = product(b, merged_RnD, f"blocks.{i}.attn.proj")
-        x_RnD = b.op("Add", x_RnD, b.op("Mul", wide(b, y_RnD), gamma1))
-        y_RnD = narrow(b, _modulated_norm(b, x_RnD, var.embed_dim, scale2, shift2))
-        hidden = b.op("Gelu", product(b, y_RnD, f"blocks.{i}.ffn.fc1"), approximate="tanh")
-        y_RnD = product(b, hidden, f"blocks.{i}.ffn.fc2")
-        x_RnD = b.op("Add", x_RnD, b.op("Mul", wide(b, y_RnD), gamma2))
-
-    head_scale, head_shift = b.op("Split", wide(b, b.input("head_modulation")), outputs=2, axis=1, num_outputs=2)
-    outputs["logits"] = logits(b, _modulated_norm(b, x_RnD, var.embed_dim, head_scale, head_shift))
+        blocks.begin(i)
+        qkv_RnN = product(b, blocks.normed(0), f"blocks.{i}.attn.qkv")
+        blocks.add(product(b, blocks.attended(qkv_RnN), f"blocks.{i}.attn.proj"), 0)
+        hidden = b.op("Gelu", product(b, blocks.normed(1), f"blocks.{i}.ffn.fc1"), approximate="tanh")
+        blocks.add(product(b, hidden, f"blocks.{i}.ffn.fc2"), 1)
+    outputs |= blocks.caches
+    outputs["logits"] = logits(b, blocks.head())
     return b.model(outputs)
-
-
-def _modulated_norm(b: GraphBuilder, x_RnD: ir.Value, D: int, scale_R1D: ir.Value, shift_R1D: ir.Value) -> ir.Value:
-    """LN(x)·scale + shift; `scale` already holds the 1."""
-    ones_D = b.constant(np.ones(D), "float32")
-    normed = b.op("LayerNormalization", x_RnD, ones_D, axis=-1, epsilon=LN_EPS)
-    return b.op("Add", b.op("Mul", normed, scale_R1D), shift_R1D)
-
-
-def _qkv(b: GraphBuilder, y_RnD: ir.Value, block: int, var: VARConfig) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Queries, keys, values [R, H, n, 64]; q and k unit length per head and q scaled, where the model does that."""
-    name = f"blocks.{block}.attn"
-    parts = b.op("Split", product(b, y_RnD, f"{name}.qkv"), outputs=3, axis=-1, num_outputs=3)
-    q, k, v = (b.op("Transpose", b.reshape(part, 0, -1, var.num_heads, HEAD_DIM), perm=[0, 2, 1, 3]) for part in parts)
-    if var.attn_l2_norm:
-        q, k = _unit_length(b, wide(b, q)), _unit_length(b, wide(b, k))
-        q = b.op("Mul", q, b.weight(f"{name}.q_scale"))
-        q, k = narrow(b, q), narrow(b, k)
-    return q, k, v
-
-
-def _unit_length(b: GraphBuilder, x_RHnd: ir.Value) -> ir.Value:
-    length = b.op("ReduceL2", x_RHnd, b.ints(-1), keepdims=1)
-    return b.op("Div", x_RHnd, b.op("Max", length, b.constant(L2_EPS, "float32")))
 
 
 def _tokens_from_map(b: GraphBuilder, map_RChw: ir.Value) -> ir.Value:
@@ -212,6 +178,11 @@ class _StaticScale:
         rows = self.b.op("Shape", self.b.input("modulation"), start=0, end=1)
         begin = ir.tensor(np.array([self.vqvae.span(self.k)[0]], dtype=np.int64))
         return self.b.op("ConstantOfShape", rows, value=begin)
+
+    def tokens(self) -> tuple[int, int]:
+        """How many, and the position of the first."""
+        begin, end = self.vqvae.span(self.k)
+        return end - begin, begin
 
     def valid(self, cache_RHLd: ir.Value) -> ir.Value:
         end = self.vqvae.span(self.k)[1]

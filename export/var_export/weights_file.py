@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from var_deploy.bundle import WEIGHTS
+from var_deploy.errors import BundleError
 
 from .deploy_view import LazyWeight
 
@@ -67,6 +68,24 @@ def weights_layout(weights: dict[str, LazyWeight]) -> WeightsLayout:
     for name in names:
         begin, end = entries[name]["data_offsets"]
         slots[name] = WeightSlot(len(header) + begin, end - begin, weights[name].shape, weights[name].dtype)
+    return WeightsLayout(header, slots)
+
+
+def read_layout(path: Path) -> WeightsLayout:
+    """The layout of a file as `write_weights` wrote it. Raises BundleError."""
+    known = {name: dtype for dtype, name in _DTYPES.items()}
+    try:
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+        if len(header) != 8 + int.from_bytes(length, "little"):
+            raise ValueError("it is longer than the file")
+        slots = {}
+        for name, entry in json.loads(header[8:]).items():
+            begin, end = entry["data_offsets"]
+            slots[name] = WeightSlot(len(header) + begin, end - begin, tuple(entry["shape"]), known[entry["dtype"]])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"{path}: its header cannot be read ({error!r}); export the bundle again") from error
     return WeightsLayout(header, slots)
 
 

@@ -55,9 +55,14 @@ def adaln(
             "row_stride": scale_RD.stride(0),
         },
         {"HAS_Y": y_MD is not None, "D": D, "BLOCK_D": block, "EPS": LN_EPS},
-        num_warps=min(max(block // 256, 1), 8),  # 8 elements per thread; not measured yet
+        num_warps=warps_of(block),
     )
     return out_MD
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program over that many elements: 8 per thread. Not measured yet."""
+    return min(max(block // 256, 1), 8)
 
 
 @triton.jit
@@ -76,18 +81,40 @@ def _adaln_kernel(
     EPS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    row = (token // tokens_per_row) * row_stride
+    normed_token(x_ptr, y_ptr, gamma_ptr, scale_ptr, shift_ptr, x_ptr, out_ptr, token, row, row, HAS_Y, D, BLOCK_D, EPS)
+
+
+@triton.jit
+def normed_token(
+    x_ptr,  # float32 [M, D]
+    y_ptr,  # [M, D]
+    gamma_ptr,
+    scale_ptr,
+    shift_ptr,
+    x_out_ptr,  # float32 [M, D], may be x itself; None, or without a y: nothing is written
+    out_ptr,  # [M, D]
+    token,
+    gamma_at,  # where its row of gamma begins
+    norm_at,  # where its rows of scale and shift begin
+    HAS_Y: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """What every kernel of this kind does with one token."""
     column = tl.arange(0, BLOCK_D)
     inside = column < D
     here = token * D + column
-    modulation = (token // tokens_per_row) * row_stride + column
     x = tl.load(x_ptr + here, mask=inside, other=0.0)
     if HAS_Y:
-        gamma = tl.load(gamma_ptr + modulation, mask=inside, other=0.0)
+        gamma = tl.load(gamma_ptr + (gamma_at + column), mask=inside, other=0.0).to(tl.float32)
         x += gamma * tl.load(y_ptr + here, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x_ptr + here, x, mask=inside)
+        if x_out_ptr is not None:
+            tl.store(x_out_ptr + here, x, mask=inside)
     mean = tl.sum(x, axis=0) / D
     centred = tl.where(inside, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + EPS)
-    scale = tl.load(scale_ptr + modulation, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + modulation, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + (norm_at + column), mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + (norm_at + column), mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + here, (centred * rstd * scale + shift).to(out_ptr.dtype.element_ty), mask=inside)

@@ -49,7 +49,7 @@ def cached_attention(
     n = M // R
     if not 0 <= begin <= L - n:
         raise ValueError(f"begin: {begin} with {n} tokens, expected 0 to {L - n} in a cache of {L}")
-    block_m, block_n, num_warps = _tile(n, begin, qkv_MN.dtype)
+    block_m, block_n, num_warps = tile_of(n, begin, qkv_MN.dtype)
     launch(
         _cached_attention_kernel,
         (R * H, cdiv(n, block_m)),
@@ -79,7 +79,7 @@ def cached_attention(
     return out_MD
 
 
-def _tile(n: int, begin: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile_of(n: int, begin: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(queries, keys, warps) of a program. Reasoned for Hopper, not measured.
 
     64 queries are what one warpgroup multiplies at once. Fewer where a scale has fewer: with R·H = 32 at batch 1 the
@@ -145,11 +145,53 @@ def _cached_attention_kernel(
     BLOCK_N: tl.constexpr,  # keys of a tile
 ):
     row_head = tl.program_id(0).to(tl.int64)  # a large batch's caches have more than 2³¹ elements
+    cache_k_ptr += row_head * (L * D)
+    cache_v_ptr += row_head * (L * D)
+    attend_block(
+        qkv_ptr,
+        q_scale_ptr,
+        cache_k_ptr,
+        cache_v_ptr,
+        out_ptr,
+        cache_k_ptr + BEGIN * D,
+        cache_v_ptr + BEGIN * D,
+        score_scale,
+        row_head,
+        UNIT,
+        H,
+        N,
+        BEGIN,
+        D,
+        EPS,
+        BLOCK_M,
+        BLOCK_N,
+    )
+
+
+@triton.jit
+def attend_block(
+    qkv_ptr,  # [R·N, 3·H·D]
+    q_scale_ptr,  # float32 [H]
+    cache_k_ptr,  # [BEGIN, D], of this row and head
+    cache_v_ptr,  # [BEGIN, D], likewise
+    out_ptr,  # [R·N, H·D]
+    own_k_ptr,  # [N, D], where the scale's keys of this row and head go
+    own_v_ptr,  # [N, D], likewise
+    score_scale,  # softmax scale · log2 e
+    row_head,  # row · H + head
+    UNIT: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BEGIN: tl.constexpr,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What every kernel of this kind does with BLOCK_M tokens of one row and head."""
     row, head = row_head // H, row_head % H
     q_ptr = qkv_ptr + row * (N * 3 * H * D) + head * D
     k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
-    cache_k_ptr += row_head * (L * D)
-    cache_v_ptr += row_head * (L * D)
 
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
@@ -159,9 +201,9 @@ def _cached_attention_kernel(
     if UNIT:
         q = (_unit_length(q, EPS) * tl.load(q_scale_ptr + head)).to(qkv_ptr.dtype.element_ty)
         own_k = _unit_length(own_k, EPS).to(qkv_ptr.dtype.element_ty)
-    place = (BEGIN + token)[:, None] * D + d[None, :]
-    tl.store(cache_k_ptr + place, own_k, mask=(token < N)[:, None])
-    tl.store(cache_v_ptr + place, own_v, mask=(token < N)[:, None])
+    place = token[:, None] * D + d[None, :]
+    tl.store(own_k_ptr + place, own_k, mask=(token < N)[:, None])
+    tl.store(own_v_ptr + place, own_v, mask=(token < N)[:, None])
 
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)

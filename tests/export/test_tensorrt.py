@@ -17,11 +17,13 @@ from tests.var_deploy.host_cuda import HostCuda, host_compiled
 from var_deploy.bundle import Bundle, sha256_of
 from var_deploy.cli import app
 from var_deploy.engines import tensorrt_library
-from var_deploy.errors import BundleError, EngineError
+from var_deploy.errors import BundleError, EngineError, RequestError
 from var_deploy.gpu import Gpu
 from var_deploy.locks import exclusive
-from var_deploy.plans import Batch, Layout
+from var_deploy.plans import Batch, Layout, find_plans
+from var_export import tensorrt as builder
 from var_export.bundle import write_bundle
+from var_export.plugin_graphs import plugin_graphs
 from var_export.tensorrt import build_plans
 from var_export.tensorrt_plans import plans_of
 from var_kernels import ahead_of_time
@@ -364,6 +366,34 @@ def test_without_triton_plans_have_no_kernels(recorder, bundle, monkeypatch, cap
     assert (directory / "kernels" / "draw.cubin").is_file()
 
 
+def test_scales_with_plugins_lie_beside_the_plain_ones(recorder, bundle, monkeypatch):
+    registered: list[tuple[int, int]] = []
+    directory = built(bundle, plugins=registered.append)
+    assert registered == [(9, 0)]
+    assert directory.name == "per-scale-plugins-1-1-4"
+    graphs = plugin_graphs(Bundle.open(bundle))
+    assert [(call["model"], call["path"]) for call in recorder.of("parse")] == [
+        (graph, str(bundle / f"{name}.onnx")) for name, graph in graphs.items()
+    ]
+    others = [Path(call["model"]).stem for call in recorder.of("parse_from_file")]
+    assert others == ["condition", "finish", "decoder", "encoder"]
+    record = json.loads((directory / "plans.json").read_text())
+    assert record["triton"]
+    recorder.calls.clear()
+    built(bundle, plugins=registered.append)
+    assert recorder.of("parse") == []
+    monkeypatch.setattr(builder, "version", lambda _: "0.0")  # other kernels would be compiled in
+    built(bundle, plugins=registered.append)
+    assert len(recorder.of("parse")) == len(graphs)
+    plain = built(bundle)
+    assert find_plans(Bundle.open(bundle), GPU, "11.4.0.106").directory == plain
+    assert find_plans(Bundle.open(bundle), GPU, "11.4.0.106", directory.name).plugins
+    with pytest.raises(
+        RequestError, match="plugins: layout profiles has none, as their kernels are for one scale; use"
+    ):
+        built(bundle, plugins=registered.append, layout=Layout.PROFILES)
+
+
 def test_one_build_at_a_time(recorder, bundle):
     directory = built(bundle)
     with (
@@ -427,6 +457,7 @@ def test_the_command_builds(recorder, bundle, monkeypatch):
     assert result.exit_code == 0, result.exception
     assert result.output == f"{bundle / 'plans' / 'nvidia-h200-sm90-11.4.0.106' / 'profiles-1-2-4'}\n"
     assert recorder.of("set_memory_pool_limit")[0]["pool_size"] == 2 * 10**9
+    assert not list(bundle.rglob("*plugins*"))
     assert len(recorder.of("set_shape_input")) == Bundle.open(bundle).manifest.var.num_scales
 
 

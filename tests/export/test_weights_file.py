@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from var_deploy.errors import BundleError
 from var_export.deploy_view import LazyWeight, deploy_weights
-from var_export.weights_file import ALIGNMENT, PAGE, weights_layout, write_weights
+from var_export.weights_file import ALIGNMENT, PAGE, read_layout, weights_layout, write_weights
 
 #: Sizes around the alignment, in an order that is not the file's.
 SHAPES = {"odd": (3, 5), "even": (4, 16), "one": (1,), "row": (1, 7, 1), "wide": (2, 1024), "sixteen": (16,), "ä": (2,)}
@@ -47,6 +48,31 @@ def test_slots_say_where_the_bytes_lie(tmp_path):
         assert slot.shape == weights[name].shape
         end += slot.length
     assert end == len(content)
+
+
+def test_a_layout_is_read_back(tmp_path):
+    dtypes = {"half": torch.float16, "brain": torch.bfloat16, "byte": torch.int8}
+    others = {
+        name: LazyWeight((3, 8), partial(torch.ones, 3, 8, dtype=dtype), str(dtype).removeprefix("torch."))
+        for name, dtype in dtypes.items()
+    }
+    weights = lazy(SHAPES) | others
+    layout = weights_layout(weights)
+    write_weights(tmp_path / "w", weights, layout)
+    assert read_layout(tmp_path / "w") == layout
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x04", b"\x04\0\0\0\0\0\0\0nope", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0[]", None]
+    + [len(text).to_bytes(8, "little") + text for text in (b'{"a": 3}', b'{"a": {"dtype": "F8", "shape": [], '
+                                                          b'"data_offsets": [0, 1]}}')],
+)  # fmt: skip
+def test_a_header_that_cannot_be_read_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "w").write_bytes(content)
+    with pytest.raises(BundleError, match=r"w: its header cannot be read \(.*\); export the bundle again"):
+        read_layout(tmp_path / "w")
 
 
 def test_digest_and_progress_are_of_the_bytes_written(tmp_path):
