@@ -32,6 +32,7 @@ ALLOWED_LAZILY = {
     "var_deploy/bench/gpu.py": ("var_kernels",),
     "var_deploy/bench/suite.py": ("var_export", "var_kernels"),
     "var_deploy/engines/cuda/kernels.py": ("var_kernels",),
+    "var_deploy/engines/onnx_cuda.py": ("var_kernels",),
     "var_deploy/bench/reference.py": ("var_train",),
 }
 
@@ -39,7 +40,12 @@ ALLOWED_LAZILY = {
 TORCH_ENGINE = "var_deploy/engines/torch/"
 
 #: Loaded when an engine starts.
-ENGINES_ONLY = ("var_deploy/engines/onnx.py", "var_deploy/engines/winograd/", TORCH_ENGINE)
+ENGINES_ONLY = (
+    "var_deploy/engines/onnx.py",
+    "var_deploy/engines/onnx_cuda.py",
+    "var_deploy/engines/winograd/",
+    TORCH_ENGINE,
+)
 
 #: Imported by the runtime only where an engine or a command starts, or not at all.
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "triton", "tensorrt", "sklearn", "tensorboard", "numba", "cuda")

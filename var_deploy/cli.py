@@ -44,7 +44,9 @@ PrecisionName = Annotated[
 DecodeSlice = Annotated[int | None, typer.Option(min=1, help="Images the decoder takes at a time (torch engine).")]
 CompileDecoder = Annotated[bool, typer.Option("--compile-decoder", help="Decoder by torch.compile (torch engine).")]
 Plans = Annotated[str | None, typer.Option(metavar="NAME", help="Directory of plans (tensorrt engine).")]
-Draw = Annotated[str, typer.Option(help="Where tokens are drawn: device or host (tensorrt engine).")]
+Draw = Annotated[str, typer.Option(help="Where tokens are drawn: device or host (tensorrt; onnx on a GPU).")]
+Provider = Annotated[str, typer.Option(help="cuda or tensorrt (onnx engine on a GPU).")]
+AllowCpu = Annotated[bool, typer.Option("--allow-cpu", help="Run there what the provider lacks (onnx on a GPU).")]
 Graphs = Annotated[str, typer.Option(help="symbolic: one graph for all scales; static: one per scale.")]
 Decoder = Annotated[str, typer.Option(help="auto, graph or winograd: fewer multiplications (onnx engine).")]
 Cache = Annotated[
@@ -251,6 +253,8 @@ def generate(
     compile_decoder: CompileDecoder = False,
     plans: Plans = None,
     draw: Draw = "device",
+    provider: Provider = "cuda",
+    allow_cpu: AllowCpu = False,
 ) -> None:
     """Generate images."""
     from rich.progress import Progress
@@ -276,6 +280,8 @@ def generate(
         compile_decoder=compile_decoder,
         plans=plans,
         draw=draw,
+        provider=provider,
+        allow_cpu=allow_cpu,
     )
     names = pipe.bundle.manifest.class_names or ()
     labels = [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
@@ -385,6 +391,8 @@ def bench(
     compile_decoder: CompileDecoder = False,
     plans: Plans = None,
     draw: Draw = "device",
+    provider: Provider = "cuda",
+    allow_cpu: AllowCpu = False,
     as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The JSON object, rewritten after each row.")] = None,
     plot: Annotated[
@@ -411,11 +419,11 @@ def bench(
         check_plot(plot)
     run: dict[str, Any] = {"engine": engine, "device": device}
     run |= {"decode_slice": decode_slice, "compile_decoder": compile_decoder}
-    of_plans: dict[str, Any] = {"plans": plans, "draw": draw}
+    on_gpu: dict[str, Any] = {"plans": plans, "draw": draw, "provider": provider, "allow_cpu": allow_cpu}
 
     def loaded(precision: str) -> Pipeline:
         if bundle is not None:
-            return load(bundle, **run, **on_cpu, **of_plans, cache=cache, precision=precision)
+            return load(bundle, **run, **on_cpu, **on_gpu, cache=cache, precision=precision)
         pipe: Pipeline = _needs("var_export.random_bundle", "export").random_pipeline(
             preset, **run, precision=precision
         )

@@ -45,24 +45,27 @@ def load(
     compile_decoder: bool = False,
     plans: str | None = None,
     draw: str = "device",
+    provider: str = "cuda",
+    allow_cpu: bool = False,
     cache: bool = True,
     verify_digests: bool = True,
 ) -> Pipeline:
     """Opens a bundle and makes it ready to run.
 
-    engine: "auto", "onnx" (ONNX Runtime, on a CPU), "torch" (PyTorch; with Triton kernels and one CUDA graph per
-    generation on a GPU) or "tensorrt" (plans that were built on this machine). device: "auto", "cpu", "cuda" or
-    "cuda:N". precision: the onnx and tensorrt engines run a bundle in its own; the torch engine reads fp32 bundles and
-    makes fp32 of them on a CPU and bf16 on a GPU ("auto"), or fp16, int8 (weights only) and fp8 (Hopper).
-    What "auto" takes is logged with its reason.
-    onnx only: graphs "symbolic" (one for all scales) or "static" (one per scale); decoder "graph", "winograd" (the
+    engine: "auto", "onnx" (ONNX Runtime; on a GPU only with device "cuda"), "torch" (PyTorch; with Triton kernels and
+    one CUDA graph per generation on a GPU) or "tensorrt" (plans that were built on this machine). device: "auto",
+    "cpu", "cuda" or "cuda:N". precision: the onnx and tensorrt engines run a bundle in its own; the torch engine reads
+    fp32 bundles and makes fp32 of them on a CPU and bf16 on a GPU ("auto"), or fp16, int8 (weights only) and fp8
+    (Hopper). What "auto" takes is logged with its reason.
+    onnx on a CPU: graphs "symbolic" (one for all scales) or "static" (one per scale); decoder "graph", "winograd" (the
     same network with a quarter of the multiplications, equal to about 1e-5) or "auto", the faster one; threads, by
     default one per core that affinity and control group leave to this process; memory_limit, bytes that the process
     should stay within, by default what is free when a request starts (see `Pipeline.generate`). Several processes on
-    one machine: give each its own cores and as many threads (`taskset -c 0-3` and threads=4). torch only:
-    decode_slice, images that the decoder takes at a time, for cards with little memory; compile_decoder, run it through
-    torch.compile. tensorrt only: plans, the name of their directory, by default those for the largest batch; draw,
-    "device" or "host", which is slower and for plans without kernels.
+    one machine: give each its own cores and as many threads (`taskset -c 0-3` and threads=4).
+    torch: decode_slice, images that the decoder takes at a time, for cards with little memory; compile_decoder, run it
+    through torch.compile. tensorrt: plans, the name of their directory, by default those for the largest batch.
+    tensorrt, and onnx on a GPU: draw, "device" or "host", which is slower and needs no compiled kernels. onnx on a GPU:
+    provider, "cuda" or "tensorrt"; allow_cpu, run on the CPU what the provider has no kernel for, instead of refusing.
     cache: onnx only; keep weights in the form that this machine computes with in `~/.cache/var-deploy` (see
     `prepared`), which makes later starts faster and lets processes share the pages; it takes about twice the bundle's
     size on disk. Raises BundleError and EngineError.
@@ -79,6 +82,8 @@ def load(
         compile_decoder=compile_decoder,
         plans=plans,
         draw=draw,
+        provider=provider,
+        allow_cpu=allow_cpu,
     )
     before = anonymous_size()
     started = engine_for(bundle, engine, device, options)

@@ -122,7 +122,9 @@ def config_text(manifest: Manifest, model: ServedModel) -> str:
 def _instance_kind(manifest: Manifest, model: ServedModel) -> tuple[str, str]:
     """Where the server puts instances. KIND_AUTO is its GPUs, or the CPU where it has none."""
     if model.device == "auto":
-        on_cpu = model.engine == "onnx" or (model.engine == "auto" and manifest.precision is not Precision.FP32)
+        if model.engine == "tensorrt":
+            return "KIND_GPU", ""
+        on_cpu = model.engine == "onnx" or (model.engine == "auto" and manifest.precision is Precision.INT8)
         return ("KIND_CPU" if on_cpu else "KIND_AUTO"), ""
     if model.device == "cpu":
         return "KIND_CPU", ""

@@ -16,7 +16,7 @@ import torch
 import var_deploy
 from var_deploy.bundle import Bundle
 from var_deploy.cpus import UsableCpus
-from var_deploy.engines import EngineOptions, choice, engine_for
+from var_deploy.engines import EngineOptions, choice, engine_for, onnx_cuda
 from var_deploy.engines import onnx as onnx_module
 from var_deploy.engines.torch import engine as torch_module
 from var_deploy.errors import EngineError
@@ -172,15 +172,6 @@ def test_an_unknown_choice_lists_the_known_ones(refused, engine, device, options
                 *((p, f"export with --precision {p}, or ") for p in ("fp16", "bf16", "int8")),
                 ("fp8", ""),
             )
-        ),
-        *(
-            (
-                "onnx",
-                device,
-                {},
-                f"engine 'onnx' runs on a CPU in this version, got device '{device}'; use engine 'torch'",
-            )
-            for device in ("cuda", "cuda:0")
         ),
     ],
 )
@@ -541,19 +532,26 @@ def lower(bundle: Bundle) -> Callable[[str], Bundle]:
                 "torch",
                 device,
                 options,
-                f"engine 'torch' reads fp32 bundles, the bundle is {p}; use engine 'onnx' on a CPU, or export fp32",
+                f"engine 'torch' reads fp32 bundles, the bundle is {p}; use engine 'onnx'{where}, or export fp32",
             )
-            for p in ("fp16", "int8")
+            for p, where in (("fp16", ""), ("int8", " on a CPU"))
             for device, options in (("cpu", {}), ("cuda", {"precision": p}))
         ),
-        ("bf16", "auto", "cuda", {}, "engine 'torch' reads fp32 bundles, the bundle is bf16; export fp32"),
+        (
+            "bf16",
+            "torch",
+            "cuda",
+            {},
+            "engine 'torch' reads fp32 bundles, the bundle is bf16; use engine 'onnx' on a GPU, or export fp32",
+        ),
         *(
             (
                 "bf16",
                 engine,
                 "cpu",
                 options,
-                "engine 'onnx': the bundle is bf16, which ONNX Runtime has no CPU kernels for; export int8 or fp32",
+                "engine 'onnx': the bundle is bf16, which ONNX Runtime has no CPU kernels for; export int8 or fp32, "
+                "or use device 'cuda'",
             )
             for engine, options in (("onnx", {}), ("auto", {"precision": "bf16"}))
         ),
@@ -570,6 +568,19 @@ def test_what_does_not_run_a_bundle_of_lower_precision_says_so(lower, precision,
     with pytest.raises(EngineError) as caught:
         engine_for(lower(precision), engine, device, EngineOptions(**options))
     assert str(caught.value) == message
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(("device", "chosen"), [("auto", 0), ("cuda:1", 1)])
+def test_auto_takes_onnx_on_the_gpu_for_a_bundle_of_halves(lower, monkeypatch, precision, device, chosen):
+    """Where its build for GPUs is installed."""
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(choice, "_installed", lambda name: name == "onnxruntime-gpu")
+    monkeypatch.setattr(onnx_cuda, "onnx_cuda_engine", lambda _, index, **o: started.append({"index": index, **o}))
+    engine_for(lower(precision), "auto", device, EngineOptions())
+    assert started[0]["index"] == chosen
+    assert f"the engine for {precision} bundles" in started[0]["reason"]
 
 
 @pytest.mark.usefixtures("one_gpu")

@@ -200,7 +200,7 @@ def test_the_torch_engine_writes_the_picture_of_the_onnx_engine(tiny_bundle, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "onnx", "--device", "cuda"], "engine 'onnx' runs on a CPU in this version, got device 'cuda'"),
+        (["--engine", "onnx", "--device", "cuda", "--threads", "1"], "engine 'onnx' on a GPU has no option threads"),
         (["--device", "tpu"], "unknown device 'tpu'; known: auto, cpu, cuda, cuda:N"),
         (["--precision", "fp4"], "unknown precision 'fp4'; known: auto, fp32, fp16, bf16, int8, fp8"),
         (["--engine", "onnx", "--precision", "bf16"], "engine 'onnx': the bundle is fp32, got precision 'bf16'; "),

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 
 from ..bundle import Bundle
@@ -14,7 +15,7 @@ from ..cpus import usable_cpus
 from ..errors import EngineError
 from ..precision import BUNDLE_PRECISIONS, Precision
 from ..prepared import PreparedCache
-from .engine import Decoder, Draw, Engine, Graphs
+from .engine import Decoder, Draw, Engine, Graphs, Provider
 
 log = logging.getLogger("var_deploy")
 
@@ -42,6 +43,8 @@ class EngineOptions:
     compile_decoder: bool = False
     plans: str | None = None
     draw: str = Draw.DEVICE
+    provider: str = Provider.CUDA
+    allow_cpu: bool = False
 
 
 def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions) -> Engine:
@@ -61,6 +64,8 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
         raise EngineError(f"unknown decoder {options.decoder!r}; known: auto, {', '.join(Decoder)}")
     if options.draw not in set(Draw):
         raise EngineError(f"unknown draw {options.draw!r}; known: {', '.join(Draw)}")
+    if options.provider not in set(Provider):
+        raise EngineError(f"unknown provider {options.provider!r}; known: {', '.join(Provider)}")
     for name, value, default in (
         ("threads", options.threads, "one per core"),
         ("memory_limit", options.memory_limit, "what is free"),
@@ -70,33 +75,48 @@ def engine_for(bundle: Bundle, engine: str, device: str, options: EngineOptions)
             raise EngineError(f"{name}: got {value}, expected at least 1, or none for {default}")
     reason = "asked for"
     if engine == "auto":
-        engine, reason = _best(device, bundle.manifest.precision)
-    _refuse_foreign_options(engine, options)
+        engine, device, reason = _best(device, bundle.manifest.precision)
+    on_gpu = engine == "onnx" and device.startswith("cuda")
+    _refuse_foreign_options(engine, options, on_gpu=on_gpu)
     _refuse_foreign_precision(engine, bundle.manifest.precision, options.precision)
-    start = {"onnx": _onnx, "torch": _torch, "tensorrt": _tensorrt}[engine]
+    start = {"onnx": _onnx_cuda if on_gpu else _onnx, "torch": _torch, "tensorrt": _tensorrt}[engine]
     return start(bundle, device, options, reason)
 
 
-def _best(device: str, precision: Precision) -> tuple[str, str]:
-    """Engine and reason for "auto": the GPU where everything that it needs is there, else the CPU."""
+def _best(device: str, precision: Precision) -> tuple[str, str, str]:
+    """Engine, device and reason for "auto": the GPU where everything that it needs is there, else the CPU."""
+    halves = precision.graph_dtype != "float32"
     if device.startswith("cuda"):
-        return "torch", "the engine for GPUs"
+        engine, reason = ("onnx", f"the engine for {precision} bundles") if halves else ("torch", "the engine for GPUs")
+        return engine, device, reason
     if device == "cpu":
-        return "onnx", "the fastest engine on a CPU"
+        return "onnx", device, "the fastest engine on a CPU"
+    if halves and _driver_present() and _installed("onnxruntime-gpu"):
+        return "onnx", "cuda", f"a GPU is there, and it is the engine for {precision} bundles"
     if precision is not Precision.FP32:
-        return "onnx", f"the engine for {precision} bundles"
+        return "onnx", device, f"the engine for {precision} bundles"
     if not _driver_present():
-        return "onnx", "no NVIDIA driver found"
+        return "onnx", device, "no NVIDIA driver found"
     missing = [package for package in ("torch", "triton") if find_spec(package) is None]
     if missing:
-        return "onnx", f"a GPU is there, but {' and '.join(missing)} is not installed: pip install 'var-deploy[gpu]'"
+        names = " and ".join(missing)
+        return "onnx", device, f"a GPU is there, but {names} is not installed: pip install 'var-deploy[gpu]'"
     import torch
 
     if not torch.cuda.is_available():
-        return "onnx", "a GPU is there, but the installed PyTorch has no CUDA"
+        return "onnx", device, "a GPU is there, but the installed PyTorch has no CUDA"
     if problem := too_old(torch.cuda.get_device_capability(0)):
-        return "onnx", problem
-    return "torch", "a GPU is there"
+        return "onnx", device, problem
+    return "torch", device, "a GPU is there"
+
+
+def _installed(distribution: str) -> bool:
+    """Whether a distribution is there, by its name; ONNX Runtime's builds share that of the module."""
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def too_old(capability: tuple[int, int]) -> str | None:
@@ -116,30 +136,38 @@ def _driver_present() -> bool:
     return True
 
 
-def _refuse_foreign_options(engine: str, options: EngineOptions) -> None:
-    """An option that the engine would not follow is an error, not a silence."""
+def _refuse_foreign_options(engine: str, options: EngineOptions, *, on_gpu: bool) -> None:
+    """An option that the engine would not follow is an error, not a silence. on_gpu: the onnx engine, there."""
     of_onnx: dict[str, object] = {
         "threads": options.threads,
         "memory_limit": options.memory_limit,
         "graphs": options.graphs if options.graphs != Graphs.SYMBOLIC else None,
         "decoder": options.decoder if options.decoder != "auto" else None,
     }
-    of_torch: dict[str, object] = {"decode_slice": options.decode_slice, "compile_decoder": options.compile_decoder}
-    of_tensorrt: dict[str, object] = {
-        "plans": options.plans,
-        "draw": options.draw if options.draw != Draw.DEVICE else None,
+    of_onnx_on_gpu: dict[str, object] = {
+        "provider": options.provider if options.provider != Provider.CUDA else None,
+        "allow_cpu": options.allow_cpu,
     }
-    by_engine = {"onnx": of_onnx, "torch": of_torch, "tensorrt": of_tensorrt}
-    given = {name: value for other, own in by_engine.items() if other != engine for name, value in own.items()}
-    foreign = [name for name, value in given.items() if value]
+    of_torch: dict[str, object] = {"decode_slice": options.decode_slice, "compile_decoder": options.compile_decoder}
+    of_tensorrt: dict[str, object] = {"plans": options.plans}
+    of_both: dict[str, object] = {"draw": options.draw if options.draw != Draw.DEVICE else None}
+    own = {
+        "onnx": [of_onnx_on_gpu, of_both] if on_gpu else [of_onnx],
+        "torch": [of_torch],
+        "tensorrt": [of_tensorrt, of_both],
+    }[engine]
+    every = (of_onnx, of_onnx_on_gpu, of_torch, of_tensorrt, of_both)
+    foreign = [name for group in every if group not in own for name, value in group.items() if value]
     if foreign:
-        raise EngineError(f"engine {engine!r} has no option {', '.join(foreign)}; leave it out")
+        where = " on a GPU" if on_gpu else ""
+        raise EngineError(f"engine {engine!r}{where} has no option {', '.join(foreign)}; leave it out")
 
 
 def _refuse_foreign_precision(engine: str, bundle: Precision, asked: str) -> None:
     """The onnx engine runs a bundle in its own precision; the torch engine makes any precision of float32."""
     if engine == "torch" and bundle is not Precision.FP32:
-        step = "export fp32" if bundle is Precision.BF16 else "use engine 'onnx' on a CPU, or export fp32"
+        where = {Precision.FP16: "", Precision.BF16: " on a GPU"}.get(bundle, " on a CPU")
+        step = f"use engine 'onnx'{where}, or export fp32"
         raise EngineError(f"engine 'torch' reads fp32 bundles, the bundle is {bundle}; {step}")
     if engine == "tensorrt" and bundle is Precision.INT8:
         raise EngineError(
@@ -157,8 +185,6 @@ def _refuse_foreign_precision(engine: str, bundle: Precision, asked: str) -> Non
 
 
 def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:
-    if device.startswith("cuda"):
-        raise EngineError(f"engine 'onnx' runs on a CPU in this version, got device {device!r}; use engine 'torch'")
     try:
         from .onnx import OnnxEngine
     except ImportError as error:
@@ -166,7 +192,8 @@ def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> E
     precision = bundle.manifest.precision
     if precision is Precision.BF16:
         raise EngineError(
-            "engine 'onnx': the bundle is bf16, which ONNX Runtime has no CPU kernels for; export int8 or fp32"
+            "engine 'onnx': the bundle is bf16, which ONNX Runtime has no CPU kernels for; export int8 or fp32, or use "
+            "device 'cuda'"
         )
     if precision is Precision.FP16:
         log.warning("the bundle is fp16: on a CPU it is computed in float32, slower than a bundle of int8 or fp32")
@@ -180,6 +207,29 @@ def _onnx(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> E
         threads=_threads(options.threads),
         prepared=options.prepared,
     )
+
+
+def _onnx_cuda(bundle: Bundle, device: str, options: EngineOptions, reason: str) -> Engine:
+    if bundle.manifest.precision is Precision.INT8:
+        raise EngineError("engine 'onnx' on a GPU: the bundle is int8, for CPUs alone; export fp16, bf16 or fp32")
+    try:
+        from .onnx_cuda import onnx_cuda_engine
+    except ImportError as error:
+        raise EngineError(f"engine 'onnx' on a GPU needs onnxruntime-gpu ({error}); pip install it") from error
+    return onnx_cuda_engine(
+        bundle,
+        _index(device),
+        provider=Provider(options.provider),
+        draw_on_host=options.draw == Draw.HOST,
+        allow_cpu=options.allow_cpu,
+        prepared=options.prepared,
+        reason=reason,
+    )
+
+
+def _index(device: str) -> int:
+    """Of a GPU, from "cuda" or "cuda:N"; 0 for "auto"."""
+    return int(device.partition(":")[2] or 0)
 
 
 def _threads(asked: int | None) -> int:
@@ -241,6 +291,5 @@ def _tensorrt(bundle: Bundle, device: str, options: EngineOptions, reason: str) 
         raise EngineError("engine 'tensorrt' needs an NVIDIA GPU, got device 'cpu'; use engine 'onnx'")
     from .tensorrt import tensorrt_engine
 
-    index = int(device.partition(":")[2] or 0)
     on_host = options.draw == Draw.HOST
-    return tensorrt_engine(bundle, index, plans=options.plans, draw_on_host=on_host, reason=reason)
+    return tensorrt_engine(bundle, _index(device), plans=options.plans, draw_on_host=on_host, reason=reason)

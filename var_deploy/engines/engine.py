@@ -39,6 +39,13 @@ class Draw(StrEnum):
     HOST = "host"
 
 
+class Provider(StrEnum):
+    """What of ONNX Runtime runs the graphs on a GPU. TensorRT's builds its engines when a shape first comes."""
+
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+
+
 class State(Protocol):
     """One generation in flight: the engine's caches and f_hat. States are independent of each other."""
 

@@ -1,0 +1,265 @@
+"""ONNX Runtime on a GPU: the static graphs as sessions over one copy of the weights in GPU memory.
+
+Its CUDA provider captures a graph for every scale and batch itself; draws run between them on the same stream. Every
+node has to run on the GPU: ONNX Runtime puts what a provider lacks on the CPU without a word, so that is asked for and
+refused. Checked against ONNX Runtime on a CPU, not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from ..bundle import WEIGHTS, Bundle
+from ..errors import EngineError
+from ..mapped_weights import weight_bytes
+from ..prepared import PreparedCache, default_directory
+from ..signature import TensorSpec
+from .cuda.buffers import Launch
+from .cuda.device import Device, Tensor
+from .cuda.dlpack import SharedTensor
+from .cuda.engine import CudaEngine, CudaLoopEngine
+from .cuda.kernels import Kernels, write_draw_kernels
+from .engine import Provider
+
+log = logging.getLogger("var_deploy")
+
+#: Of the first release whose CUDA provider is known to have Attention and TensorScatter of opset 24.
+LEAST_VERSION = (1, 30)
+
+#: Of kept kernels: count up when what is compiled changes without its source.
+FORM = "1"
+
+#: Where the device's memory is, as ONNX Runtime calls it.
+DEVICE_TYPE = "cuda"
+
+_BFLOAT16 = 16  # TensorProto.BFLOAT16, for which NumPy has no name
+
+
+#: The names that ONNX Runtime has for them.
+_NAMES = {Provider.CUDA: "CUDAExecutionProvider", Provider.TENSORRT: "TensorrtExecutionProvider"}
+
+
+def onnx_cuda_engine(
+    bundle: Bundle,
+    device_index: int,
+    *,
+    provider: Provider,
+    draw_on_host: bool,
+    allow_cpu: bool,
+    prepared: PreparedCache | None,
+    reason: str = "asked for",
+) -> CudaEngine:
+    """The engine on a GPU. allow_cpu: nodes that a provider lacks may run on the CPU. Raises EngineError."""
+    _require(provider)
+    device = Device(device_index)
+    draws = "on the host" if draw_on_host else "by compiled kernels"
+    log.info("engine onnx (%s) on %s, provider %s, draws %s", reason, device.gpu.name, provider, draws)
+    kernels = None if draw_on_host else _kernels(bundle, device, prepared)
+    providers = _providers(provider, bundle, device)
+    runner = SessionRunner(bundle, device, providers, allow_cpu=allow_cpu, captures=provider is Provider.CUDA)
+    if kernels is None:
+        return CudaEngine("onnx", bundle, device, runner)
+    return CudaLoopEngine("onnx", bundle, device, runner, kernels, captures=False)  # the provider does it
+
+
+def _require(provider: Provider) -> None:
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if version < LEAST_VERSION:
+        least = ".".join(map(str, LEAST_VERSION))
+        raise EngineError(f"engine 'onnx' on a GPU needs onnxruntime-gpu {least} or later, got {ort.__version__}")
+    if _NAMES[provider] not in ort.get_available_providers():
+        known = ", ".join(ort.get_available_providers())
+        raise EngineError(
+            f"engine 'onnx' on a GPU needs {_NAMES[provider]}, this ONNX Runtime has {known}: pip uninstall "
+            "onnxruntime, then pip install onnxruntime-gpu"
+        )
+
+
+def _providers(provider: Provider, bundle: Bundle, device: Device) -> list[tuple[str, dict[str, str]]]:
+    """The provider and those that take what it leaves, each with its options."""
+    shared = {"device_id": str(device.index), "user_compute_stream": str(device.stream)}
+    cuda = {**shared, "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}  # float32 keeps all its bits
+    if provider is Provider.CUDA:
+        return [(_NAMES[provider], {**cuda, "enable_cuda_graph": "1"})]
+    engines = default_directory() or Path(tempfile.gettempdir())
+    tensorrt = {
+        **shared,
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(engines / f"onnxruntime-tensorrt-{bundle.manifest.files[WEIGHTS].sha256[:16]}"),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(engines),
+    }
+    return [(_NAMES[provider], tensorrt), (_NAMES[Provider.CUDA], cuda)]
+
+
+def _kernels(bundle: Bundle, device: Device, prepared: PreparedCache | None) -> Kernels:
+    """Compiled for this GPU, once; kept between runs, after which neither torch nor Triton is loaded any more."""
+
+    def make(directory: Path) -> None:
+        write_draw_kernels(directory, bundle.manifest, device.gpu.capability)
+
+    if prepared is not None:
+        var = bundle.manifest.var
+        sizes = (var.vocab_size, var.z_channels, var.num_tokens, *device.gpu.capability)
+        made_from = [FORM, *map(str, sizes), _version_of("triton"), _source_of("var_kernels")]
+        entry = prepared.entry("draw", made_from, 8_000_000, make)
+        if entry is not None:
+            return Kernels(device, entry, bundle.manifest)
+    with tempfile.TemporaryDirectory() as directory:
+        make(Path(directory))
+        return Kernels(device, Path(directory), bundle.manifest)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _source_of(package: str) -> str:
+    """Digest of a package's files, found without loading it."""
+    spec = find_spec(package)
+    digest = hashlib.sha256()
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        for path in sorted(Path(folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class SessionRunner:
+    """Sessions of a bundle's static graphs on a device; see `GraphRunner`."""
+
+    symbolic = False
+    least_rows = 1
+    most_images = None
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        providers: Sequence[Any],
+        *,
+        allow_cpu: bool,
+        captures: bool,
+    ) -> None:
+        """providers: as ONNX Runtime takes them. captures: whether they capture graphs by number."""
+        self._bundle, self._device = bundle, device
+        self._providers, self._allow_cpu, self._captures = providers, allow_cpu, captures
+        self._weights = {
+            name: SharedTensor(tensor, dtype, DEVICE_TYPE, device.index)
+            for name, (tensor, dtype) in _weights_on(device, bundle).items()
+        }
+        self._shared = {name: ort.OrtValue.from_dlpack(weight) for name, weight in self._weights.items()}
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._numbers = count(1)  # of captured graphs
+        for name in bundle.manifest.graphs:
+            if name not in ("scales", "encoder"):  # not used here; made at the first encode
+                self._session(name)
+
+    def bound(self, graph: str, k: int | None, tensors: dict[str, Tensor]) -> Launch:
+        """A binding of its own, and a number for its captured graph."""
+        session = self._session(graph)
+        binding, spec = session.io_binding(), self._bundle.manifest.graphs[graph]
+        for bind, side in ((binding.bind_input, spec.inputs), (binding.bind_output, spec.outputs)):
+            for declared in side:
+                tensor = tensors[declared.name]
+                dtype = _BFLOAT16 if declared.dtype == "bfloat16" else tensor.dtype.type
+                bind(declared.name, DEVICE_TYPE, self._device.index, dtype, tensor.shape, tensor.address)
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the stream keeps the order
+        number = next(self._numbers)
+        if self._captures:
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        execution = _Execution(self, graph, session, binding, options)
+        if self._captures:
+            weakref.finalize(execution, session.release_captured_graph, number).atexit = False
+        return execution
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        if name not in self._sessions:
+            self._sessions[name] = self._opened(name)
+        return self._sessions[name]
+
+    def _opened(self, name: str) -> ort.InferenceSession:
+        path = self._bundle.file(self._bundle.manifest.graphs[name].file)
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.add_session_config_entry("session.disable_prepacking", "1")  # on a CPU it would copy every weight
+        for weight, value in self._shared.items():
+            options.add_initializer(weight, value)
+        try:
+            session = ort.InferenceSession(path, options, providers=self._providers)
+        except Exception as error:  # of no public base class
+            raise EngineError(f"loading {path}: {_first_line(error)}") from error
+        self._require_on_gpu(name, session)
+        return session
+
+    def _require_on_gpu(self, name: str, session: ort.InferenceSession) -> None:
+        """Raises EngineError for a session whose nodes do not all run on the providers that were asked for."""
+        asked = [given if isinstance(given, str) else given[0] for given in self._providers]
+        if missing := [given for given in asked if given not in session.get_providers()]:
+            raise EngineError(
+                f"{name}: ONNX Runtime {ort.__version__} could not start {', '.join(missing)} and fell back to "
+                f"{', '.join(session.get_providers())}; its log says why: the driver, CUDA or cuDNN"
+            )
+        elsewhere = [
+            f"{node.name} ({node.op_type}, {part.ep_name})"
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            if part.ep_name not in asked
+        ]
+        if not elsewhere:
+            return
+        shown = ", ".join(elsewhere[:3]) + (f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else "")
+        if not self._allow_cpu:
+            raise EngineError(
+                f"{name}: {len(elsewhere)} nodes do not run on {' or '.join(asked)}: {shown}; update onnxruntime-gpu, "
+                "or allow it with allow_cpu"
+            )
+        log.warning("%s: %d nodes do not run on %s: %s", name, len(elsewhere), " or ".join(asked), shown)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _Execution:
+    """A session bound to its inputs and outputs."""
+
+    runner: SessionRunner  #: whose weights the session reads
+    graph: str
+    session: ort.InferenceSession
+    binding: Any
+    options: ort.RunOptions
+
+    def __call__(self) -> None:
+        try:
+            self.session.run_with_iobinding(self.binding, self.options)
+        except Exception as error:
+            raise EngineError(f"{self.graph}: ONNX Runtime {ort.__version__} failed: {_first_line(error)}") from error
+
+
+def _weights_on(device: Device, bundle: Bundle) -> dict[str, tuple[Tensor, str]]:
+    """Every weight once on the device, and its type."""
+    found = weight_bytes(bundle.file(WEIGHTS))
+    specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape, _) in found.items()]
+    tensors = device.tensors(specs)
+    for name, (_, shape, values) in found.items():
+        if math.prod(shape):
+            device.upload(tensors[name], values.view(tensors[name].dtype))
+    return {spec.name: (tensors[spec.name], spec.dtype) for spec in specs}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
