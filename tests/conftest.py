@@ -25,6 +25,10 @@ from var_deploy.config import VARConfig, VQVAEConfig
 settings.register_profile("var_deploy", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("var_deploy")
 
+# Before Triton loads, which tests of other packages may cause: without a GPU kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 Pair = tuple[Golden, Path, Path]
 
 

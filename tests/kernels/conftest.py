@@ -1,4 +1,4 @@
-"""Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before Triton loads.
+"""Kernels run on the GPU where there is one, else in Triton's interpreter, which `tests/conftest.py` chooses.
 
 On a GPU whatever takes `device` is marked `gpu`, so that `-m gpu` runs every kernel. The interpreter checks what a
 kernel computes, not how it compiles; `test_resources.py` compiles every kernel. Its bf16 `tl.dot` multiplies bit
@@ -7,14 +7,10 @@ patterns and its conversion to bf16 cuts off, so bf16 is tested on a GPU only.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

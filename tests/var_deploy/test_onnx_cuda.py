@@ -106,11 +106,11 @@ def test_weights_lie_on_the_device_once(cuda, tiny_bundle, monkeypatch):
     assert sizes <= cuda.allocated - before < 1.6 * sizes + 10**6  # each padded to 256 bytes, the codebook again
     expected = pipe.generate([1], seeds=1, top_k=1)
     head = runner._weights["head.weight"]._tensor
-    whole = pipe.engine._device.download(head)
-    pipe.engine._device.upload(head, np.zeros_like(whole))
+    whole = pipe.engine.device.download(head)
+    pipe.engine.device.upload(head, np.zeros_like(whole))
     changed = pipe.generate([1], seeds=1, top_k=1)
     assert [(a != b).any() for a, b in zip(changed.tokens, expected.tokens, strict=True)] == [True] * 4
-    pipe.engine._device.upload(head, whole)
+    pipe.engine.device.upload(head, whole)
     assert_same(pipe.generate([1], seeds=1, top_k=1), expected)
     del pipe, runner, head
     gc.collect()

@@ -21,9 +21,12 @@ import pytest
 from tests.export.recorded_tensorrt import real_bindings
 from tests.var_deploy.host_cuda import Error, HostCuda, host_compiled
 from tests.var_deploy.host_tensorrt import HostTensorRT
-from var_deploy import Pipeline, load
+from var_deploy import Pipeline, load, request
+from var_deploy.bench.device import cuda_clock
+from var_deploy.bench.run import bench
 from var_deploy.errors import EngineError
 from var_deploy.plans import Batch, Layout
+from var_deploy.sampling import Settings
 from var_export.bundle import write_bundle
 from var_export.tensorrt import build_plans
 from var_kernels import ahead_of_time
@@ -223,6 +226,25 @@ def test_requests_of_several_threads(pipe, onnx):
         assert_same(got[i], onnx.generate(**REQUESTS[name]))
 
 
+def test_times_and_memory_for_benchmarks(host, bundle):
+    pipe = load(bundle, engine="tensorrt")
+    row = bench(pipe, batches=[2], repeats=1, reference=False)[0]
+    scales = [f"scale_{k:02d}" for k in range(pipe.bundle.manifest.var.num_scales)]
+    assert list(row.stages) == ["upload", "condition", "scale_00", "draw", *scales[1:], "finish", "decode", "download"]
+    assert row.engine == "tensorrt"
+    assert row.device == "cuda:0"
+    assert row.device_seconds.median == pytest.approx(0.0005)  # one graph, by the clock of the host's CUDA
+    assert row.without_decoder.median == pytest.approx(0.0005)
+    sizes = sum(block.nbytes for block in host.cuda.device_memory.values())
+    assert 0 < row.device_peak_bytes <= sizes
+    seconds = cuda_clock(pipe.engine).device_seconds(np.array([1]), [0], settings(pipe), staged=True, decode=False)
+    assert "decode" not in seconds
+
+
+def settings(pipe: Pipeline) -> Settings:
+    return request.settings(pipe.bundle.manifest, None, None, None, False)
+
+
 # memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -366,13 +388,13 @@ def test_logits_that_are_no_numbers(host, copy, pipe):
     slot = next(iter(pipe.engine._slots.values()))
     weights = pipe.engine._codebook_VC
     poisoned = np.full(weights.shape, np.nan, np.float32)
-    whole = pipe.engine._device.download(weights)
-    pipe.engine._device.upload(weights, poisoned)
+    whole = pipe.engine.device.download(weights)
+    pipe.engine.device.upload(weights, poisoned)
     try:
         with pytest.raises(EngineError, match=r"scale 1: logits of image 0 hold NaN or infinity; check the bundle"):
             pipe.generate([1, 2], seeds=1)
     finally:
-        pipe.engine._device.upload(weights, whole)
+        pipe.engine.device.upload(weights, whole)
     assert slot.buffers.images
     assert_same(pipe.generate([1, 2], seeds=1), expected)
 

@@ -28,7 +28,7 @@ STAGE_REPLAYS = 20
 
 @runtime_checkable
 class DeviceClock(Protocol):
-    """An engine that times itself on its device; see `engines.torch.TorchEngine`."""
+    """An engine that times itself on its device, which has an `index`."""
 
     device: Any
 
@@ -47,6 +47,10 @@ class DeviceClock(Protocol):
 
     def release(self) -> None:
         """Gives back buffers and graphs."""
+        ...
+
+    def peak_memory(self, run: Callable[[], object]) -> tuple[int, int]:
+        """Most bytes on the device during `run`, in use and reserved; the weights are in both."""
         ...
 
 
@@ -129,13 +133,9 @@ def joules_per_image(
 
 
 def peak_memory(clock: DeviceClock, run: Callable[[], object]) -> tuple[int, int]:
-    """Most bytes that tensors took on the device during `run`, and that PyTorch reserved; the weights are in both."""
-    import torch
-
-    clock.release()  # other batch sizes' buffers
-    torch.cuda.reset_peak_memory_stats(clock.device)
-    run()
-    return torch.cuda.max_memory_allocated(clock.device), torch.cuda.max_memory_reserved(clock.device)
+    """See `DeviceClock.peak_memory`, without the buffers of other batch sizes."""
+    clock.release()
+    return clock.peak_memory(run)
 
 
 def free(engine: object) -> None:

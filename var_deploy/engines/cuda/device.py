@@ -66,12 +66,15 @@ class Device:
     def __init__(self, index: int) -> None:
         """Raises EngineError."""
         self._runtime = cuda_runtime()
-        self.gpu = Gpu.at(index)
+        self.gpu = Gpu.at(index)  #: its free memory is that before this process takes any
         self.index = index
         flags = self._runtime.cudaStreamNonBlocking
         self._stream = self._check(self._runtime.cudaStreamCreateWithFlags(flags), "a stream")
         self.stream = int(self._stream)  #: as other libraries take it
         weakref.finalize(self, self._runtime.cudaStreamDestroy, self._stream).atexit = False
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index}"
 
     def make_current(self) -> None:
         """Of the calling thread, which all calls below need."""

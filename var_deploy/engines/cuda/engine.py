@@ -51,13 +51,13 @@ class Stage:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """What serves one batch size, and graphs by (guided scales, whether one per stage)."""
+    """What serves one batch size, and graphs by (guided scales, whether one per stage, with the decoder)."""
 
     buffers: Buffers
     inputs: Packed
     outputs: Packed
     pixels_B3RR: Tensor
-    stages: dict[tuple[int, bool], list[Stage]] = field(default_factory=dict)
+    stages: dict[tuple[int, bool, bool], list[Stage]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -90,7 +90,7 @@ class CudaEngine:
 
     def __init__(self, name: str, bundle: Bundle, device: Device, runner: GraphRunner) -> None:
         self.name, self.precision = name, bundle.manifest.precision
-        self._bundle, self._device, self._runner = bundle, device, runner
+        self._bundle, self.device, self._runner = bundle, device, runner
         self._manifest, self._var = bundle.manifest, bundle.manifest.var
         self._lock = RLock()
         self._idle: dict[int, list[Buffers]] = {}  # of states that have ended, by rows
@@ -101,34 +101,34 @@ class CudaEngine:
             rows = max(len(labels_R), self._runner.least_rows)
             idle = self._idle.setdefault(rows, [])
             buffers = idle.pop() if idle else self._with_room(rows, partial(self._buffers, rows))
-            self._device.upload(buffers.labels, np.resize(labels_R.astype(np.int64), rows))
+            self.device.upload(buffers.labels, np.resize(labels_R.astype(np.int64), rows))
             buffers.clear()
             buffers.condition(buffers.labels)()
-            self._device.synchronize()
-            state = CudaState(buffers, self._device, len(labels_R))
+            self.device.synchronize()
+            state = CudaState(buffers, self.device, len(labels_R))
             weakref.finalize(state, idle.append, buffers).atexit = False
             return state
 
     def _buffers(self, rows: int) -> Buffers:
-        return Buffers(self._device, self._runner, self._manifest, rows=rows, images=rows)
+        return Buffers(self.device, self._runner, self._manifest, rows=rows, images=rows)
 
     def step(self, state: CudaState, k: int, codes_RnC: np.ndarray | None) -> np.ndarray:
         with self._running():
             buffers = state.buffers
             if codes_RnC is not None:
                 state.rows, state.scales_added = len(codes_RnC), k
-                self._device.upload(buffers.codes(k - 1, state.rows), codes_RnC)
+                self.device.upload(buffers.codes(k - 1, state.rows), codes_RnC)
             rows = max(state.rows, self._runner.least_rows)
             buffers.scale(k, rows)()
-            return self._device.download(buffers.logits(k, rows))[: state.rows]
+            return self.device.download(buffers.logits(k, rows))[: state.rows]
 
     def finish(self, state: CudaState, codes_BnC: np.ndarray) -> np.ndarray:
         with self._running():
             buffers, K, B = state.buffers, self._var.num_scales, len(codes_BnC)
-            self._device.upload(buffers.codes(K - 1, B), codes_BnC)
+            self.device.upload(buffers.codes(K - 1, B), codes_BnC)
             rows = max(B, self._runner.least_rows)
             buffers.finish(rows)()
-            return self._device.download(buffers.f_hat(K, rows))[:B]
+            return self.device.download(buffers.f_hat(K, rows))[:B]
 
     def decode(self, f_hat_BChh: np.ndarray) -> np.ndarray:
         return self._mapped("decoder", f_hat_BChh)
@@ -142,7 +142,7 @@ class CudaEngine:
             self._release()
 
     def _release(self) -> None:
-        self._device.synchronize()
+        self.device.synchronize()
         for idle in self._idle.values():
             idle.clear()
         self._maps.clear()
@@ -155,9 +155,9 @@ class CudaEngine:
                 part = maps[begin : begin + most]
                 batch = max(len(part), self._runner.least_rows)
                 held = self._with_room(batch, partial(self._map, graph, batch))
-                self._device.upload(held.source, np.resize(part, held.source.shape))
+                self.device.upload(held.source, np.resize(part, held.source.shape))
                 held.launch()
-                results.append(self._device.download(held.result)[: len(part)])
+                results.append(self.device.download(held.result)[: len(part)])
         return np.concatenate(results)
 
     def _map(self, graph: str, batch: int) -> _Map:
@@ -167,7 +167,7 @@ class CudaEngine:
             (source,), (result,) = spec.inputs, spec.outputs
             shapes = {t.name: tuple(batch if side == "B" else int(side) for side in t.shape) for t in (source, result)}
             specs = [TensorSpec(t.name, t.dtype, shapes[t.name]) for t in (source, result)]
-            tensors = self._device.tensors(specs)
+            tensors = self.device.tensors(specs)
             launch = self._runner.bound(graph, None, tensors)
             self._maps[key] = _Map(tensors[source.name], tensors[result.name], launch)
         return self._maps[key]
@@ -181,7 +181,7 @@ class CudaEngine:
             return make()
         except OutOfMemoryError as error:
             needed = nbytes(loop_specs(self._manifest, rows, rows, smooth=False))
-            free = self._device.free_memory()
+            free = self.device.free_memory()
             raise EngineError(
                 f"{rows} rows: need {needed / 1e9:.1f} GB for caches and logits and some for scratch, {free / 1e9:.1f} "
                 f"GB are free on the GPU; take fewer images at a time, or free some ({error})"
@@ -191,7 +191,7 @@ class CudaEngine:
     def _running(self) -> Iterator[None]:
         """Holds the engine: one request at a time, on its device."""
         with self._lock:
-            self._device.make_current()
+            self.device.make_current()
             yield
 
 
@@ -222,7 +222,7 @@ class CudaLoopEngine(CudaEngine):
         B = len(labels_B)
         with self._running(), self._once():
             slot, stages = self._ready(B, settings, staged=on_scale is not None)
-            device, names, events = self._device, ["upload"], [self._device.event()]
+            device, names, events = self.device, ["upload"], [self.device.event()]
             fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
             slot.inputs.upload()
             events.append(device.event())
@@ -249,7 +249,46 @@ class CudaLoopEngine(CudaEngine):
             tokens = [tokens_BL[:, slice(*self._var.span(k))].copy() for k in range(self._var.num_scales)]
             return LoopResult(tokens=tokens, bytes_BRR3=None, pixels=lambda: pixels_B3RR, timings=timings)
 
-    def _ready(self, B: int, settings: Settings, *, staged: bool) -> tuple[_Slot, list[Stage]]:
+    def device_seconds(
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        *,
+        staged: bool = False,
+        decode: bool = True,
+        head_start: bool = True,
+    ) -> dict[str, float]:
+        """Seconds on the device of one generation whose input lies there already, for benchmarks.
+
+        As one graph ("replay") where launches are captured, or `staged`; without the decoder on request. head_start is
+        ignored: a graph is submitted at once, and what a library submits stage by stage waits for the host in earnest.
+        """
+        with self._running(), self._once():
+            slot, stages = self._ready(len(labels_B), settings, staged=staged, decode=decode)
+            fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
+            slot.inputs.upload()
+            events = [self.device.event()]
+            for stage in stages:
+                stage.launch()
+                events.append(self.device.event())
+            self.device.synchronize()
+            found: dict[str, float] = {}
+            for stage, seconds in zip(stages, self.device.seconds_between(events), strict=True):
+                found[stage.name] = found.get(stage.name, 0.0) + seconds
+            return found
+
+    def peak_memory(self, run: Callable[[], object]) -> tuple[int, int]:
+        """Bytes of the GPU that are taken after `run`, beyond those before the engine was made, for benchmarks.
+
+        What stays is the most: buffers and graphs are kept. Other processes on the GPU are not told apart.
+        """
+        run()
+        with self._running():
+            taken = self.device.gpu.free_memory - self.device.free_memory()
+        return taken, taken
+
+    def _ready(self, B: int, settings: Settings, *, staged: bool, decode: bool = True) -> tuple[_Slot, list[Stage]]:
         bucket, most = max(bucket_of(B), self._runner.least_rows), self._runner.most_images
         if most is not None:
             if most < B:
@@ -258,38 +297,40 @@ class CudaLoopEngine(CudaEngine):
         guided_scales = settings.guided_scales
         rows = 2 * bucket if guided_scales else bucket
         key = bucket, guided_scales > 0, settings.smooth
-        graph_key = guided_scales, staged
+        graph_key = guided_scales, staged, decode
 
         def make() -> tuple[_Slot, list[Stage]]:
             if key not in self._slots:
                 self._slots[key] = self._slot(bucket, rows, settings.smooth)
             slot = self._slots[key]
             if graph_key not in slot.stages:
-                slot.stages[graph_key] = self._made(slot, guided_scales, staged)
+                slot.stages[graph_key] = self._made(slot, guided_scales, staged, decode)
             return slot, slot.stages[graph_key]
 
         return self._with_room(rows, make)
 
     def _slot(self, bucket: int, rows: int, smooth: bool) -> _Slot:
-        buffers = Buffers(self._device, self._runner, self._manifest, rows=rows, images=bucket, smooth=smooth)
-        inputs = self._device.packed(input_specs(self._var, bucket, rows))
-        outputs = self._device.packed(output_specs(self._var, bucket))
-        pixels = self._device.tensors([decode_specs(self._manifest.vqvae, bucket)[1]])["pixels_B3RR"]
+        buffers = Buffers(self.device, self._runner, self._manifest, rows=rows, images=bucket, smooth=smooth)
+        inputs = self.device.packed(input_specs(self._var, bucket, rows))
+        outputs = self.device.packed(output_specs(self._var, bucket))
+        pixels = self.device.tensors([decode_specs(self._manifest.vqvae, bucket)[1]])["pixels_B3RR"]
         return _Slot(buffers, inputs, outputs, pixels)
 
-    def _made(self, slot: _Slot, guided_scales: int, staged: bool) -> list[Stage]:
+    def _made(self, slot: _Slot, guided_scales: int, staged: bool, decode: bool) -> list[Stage]:
         """The stages as they replay: one graph for all, a graph for each, or launches where nothing is captured."""
         stages = self._stages(slot, guided_scales)
+        if not decode:
+            stages = stages[:-1]
         if not self._captures:
             return stages
         for stage in stages:  # once as they are: libraries allocate and choose now, which a capture may not
             stage.launch()
-        self._device.synchronize()
+        self.device.synchronize()
         log.info("capturing %s for batch %d", "a graph per stage" if staged else "one graph", slot.buffers.images)
         if not staged:
             stages = [Stage("replay", partial(_launch_all, stages))]
         try:
-            return [Stage(stage.name, self._device.captured(stage.launch), stage.completed) for stage in stages]
+            return [Stage(stage.name, self.device.captured(stage.launch), stage.completed) for stage in stages]
         except EngineError as error:  # a library that launches something which a graph cannot hold
             log.warning("%s; running without CUDA graphs, which takes longer at small batches", error)
             return stages
@@ -314,7 +355,7 @@ class CudaLoopEngine(CudaEngine):
 
     def _condition(self, slot: _Slot, launch: Launch) -> None:
         uniforms, seeds_B = slot.buffers.uniforms, slot.inputs.device["seeds_B"]
-        self._device.zero(slot.outputs.device["invalid_KB"])
+        self.device.zero(slot.outputs.device["invalid_KB"])
         slot.buffers.clear()
         B, L = uniforms.shape
         self._kernels.launch(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import RLock
 
@@ -233,6 +233,12 @@ class TorchEngine:
                 clock.mark(stage.name)
             self._synchronize()
             return clock.seconds()
+
+    def peak_memory(self, run: Callable[[], object]) -> tuple[int, int]:
+        """Most bytes that tensors take on the device during `run`, and that PyTorch reserves, for benchmarks."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
     def _refuse_invalid(self, invalid_KB: np.ndarray) -> None:
         if invalid_KB.any():
