@@ -47,7 +47,7 @@ def cuda_runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise EngineError(f"cuda-python cannot be used ({error}): pip install 'var-deploy[tensorrt]'") from error
+        raise EngineError(f"cuda-python cannot be used ({error}): pip install cuda-python") from error
     return runtime
 
 

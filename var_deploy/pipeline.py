@@ -181,7 +181,8 @@ class Pipeline:
         if isinstance(self.engine, DeviceLoop):
             return self._run_on_device(self.engine, labels_B, seed_list, settings, on_scale)
 
-        guided, sizes = settings.guided_scales > 0, [len(labels_B)]
+        guided, most = settings.guided_scales > 0, self.engine.max_batch or len(labels_B)
+        sizes = [min(most, len(labels_B) - first) for first in range(0, len(labels_B), most)]
         if self._budget is not None:
             sizes = self._budget.chunks(len(labels_B), guided)
         timings: dict[str, float] = {}
@@ -237,9 +238,9 @@ class Pipeline:
         tokens: list[np.ndarray] = []
         codes_BnC: np.ndarray | None = None
 
-        def report(f_hat_RChh: np.ndarray) -> None:
+        def report(f_hat_RChh: Callable[[], np.ndarray]) -> None:  # which may have to come from a GPU
             if on_scale is not None and tokens:
-                self._preview(on_scale, first, len(tokens) - 1, tokens[-1], f_hat_RChh[:B].copy())
+                self._preview(on_scale, first, len(tokens) - 1, tokens[-1], f_hat_RChh()[:B].copy())
 
         with _timed(timings, "condition"):
             state = self.engine.begin(rows_R)
@@ -249,7 +250,7 @@ class Pipeline:
                 if codes_BnC is not None and k < settings.guided_scales:
                     codes_RnC = np.concatenate([codes_BnC, codes_BnC])
                 logits_RnV = self.engine.step(state, k, codes_RnC)
-            report(state.f_hat_RChh)  # f_hat now holds the scale before this one
+            report(partial(getattr, state, "f_hat_RChh"))  # f_hat now holds the scale before this one
             with _timed(timings, "draw"):
                 begin = config.span(k)[0]
                 drawn = sampling.draw_scale(logits_RnV, k, begin, seeds, settings, codebook_VC, first_image=first)
@@ -260,7 +261,7 @@ class Pipeline:
         with _timed(timings, "finish"):
             f_hat_BChh = self.engine.finish(state, codes_BnC)
         del state  # the caches, before the decoder takes as much again
-        report(f_hat_BChh)
+        report(lambda: f_hat_BChh)
         with _timed(timings, "decode"):
             pixels_B3RR = self.engine.decode(f_hat_BChh)
         return tokens, pixels_B3RR

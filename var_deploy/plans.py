@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 from .bundle import Bundle, FileSeal
 from .errors import EngineError, RequestError, VarDeployError
 from .gpu import Gpu
-from .signature import scale_graph_name
+from .precision import Precision
+from .signature import GraphSpec, TensorSpec, scale_graph_name
 
 #: The record of a directory of plans, and its compiled kernels.
 RECORD, KERNELS_DIRECTORY = "plans.json", "kernels"
@@ -58,6 +60,28 @@ class Batch:
         return f"{self.least}:{self.tuned}:{self.most}"
 
 
+Shape = tuple[int, ...]
+
+
+def input_ranges(
+    spec: GraphSpec, batch: Batch, pinned: Mapping[str, int] | None = None
+) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Least, tuned and largest shape of every input of a graph; pinned: symbolic axes that are fixed.
+
+    Rows run from one unguided image to the largest guided batch.
+    """
+    open_axes = {
+        "R": (batch.least, 2 * batch.tuned, 2 * batch.most),
+        "B": (batch.least, batch.tuned, batch.most),
+        **{name: (length,) * 3 for name, length in (pinned or {}).items()},
+    }
+
+    def shape(tensor: TensorSpec, which: int) -> Shape:
+        return tuple(axis if isinstance(axis, int) else open_axes[axis][which] for axis in tensor.shape)
+
+    return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in spec.inputs}
+
+
 def plan_names(num_scales: int, layout: Layout) -> list[str]:
     """Names of all plans of a bundle, which are those of their graphs, in the order in which they run."""
     scales = ["scales"] if layout is Layout.PROFILES else [scale_graph_name(k) for k in range(num_scales)]
@@ -78,10 +102,32 @@ def bundle_digest(bundle: Bundle) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
+def weight_copies(layout: Layout, num_scales: int) -> int:
+    """How often the transformer's weights lie in GPU memory."""
+    return num_scales if layout is Layout.PER_SCALE else 1
+
+
+def memory_needed(bundle: Bundle, batch: Batch, layout: Layout) -> int:
+    """Bytes on the GPU that are there for certain when all plans are loaded: weights and caches.
+
+    Activations and scratch memory come on top; only TensorRT knows them, once it has built.
+    """
+    manifest = bundle.manifest
+    once = ("decoder.", "encoder.", "quant_conv.", "post_quant_conv.", "quantize.", "class_emb.")
+    sizes = bundle.weight_bytes()
+    # AdaLN projections and the embedding of classes are read by `condition` alone.
+    transformer = sum(size for name, size in sizes.items() if not name.startswith(once) and "ada_" not in name)
+    rest = sum(sizes.values()) - transformer
+    var, cache_bytes = manifest.var, 4 if manifest.precision is Precision.FP32 else 2
+    caches = cache_bytes * 2 * var.depth * 2 * batch.most * var.num_tokens * var.embed_dim
+    return weight_copies(layout, var.num_scales) * transformer + rest + caches
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSet:
     """All plans of one layout and batch, as their record says."""
 
+    bundle: Path
     directory: Path
     layout: Layout
     batch: Batch
@@ -95,9 +141,9 @@ class PlanSet:
         try:
             data = file.read_bytes()
         except OSError as error:
-            raise EngineError(f"{file}: cannot be read ({error.strerror}); {_build(self.directory)}") from error
+            raise EngineError(f"{file}: cannot be read ({error.strerror}); {_build(self.bundle)}") from error
         if len(data) != seal.size or hashlib.sha256(data).hexdigest() != seal.sha256:
-            raise EngineError(f"{file}: damaged, it is not what was built; {_build(self.directory)}")
+            raise EngineError(f"{file}: damaged, it is not what was built; {_build(self.bundle)}")
         return data
 
     def kernels(self) -> Path:
@@ -106,15 +152,15 @@ class PlanSet:
         record = directory / "kernels.json"
         if self.kernels_sha256 is None:
             raise EngineError(
-                f"{self.directory}: built without kernels of the draw; install triton and {_build(self.directory)}, "
+                f"{self.directory}: built without kernels of the draw; install triton and {_build(self.bundle)}, "
                 "or draw on the host"
             )
         try:
             digest = hashlib.sha256(record.read_bytes()).hexdigest()
         except OSError as error:
-            raise EngineError(f"{record}: cannot be read ({error.strerror}); {_build(self.directory)}") from error
+            raise EngineError(f"{record}: cannot be read ({error.strerror}); {_build(self.bundle)}") from error
         if digest != self.kernels_sha256:
-            raise EngineError(f"{record}: damaged, it is not what was built; {_build(self.directory)}")
+            raise EngineError(f"{record}: damaged, it is not what was built; {_build(self.bundle)}")
         return directory
 
 
@@ -160,10 +206,15 @@ def _plan_set(bundle: Bundle, directory: Path) -> PlanSet:
     if missing := [name for name in plan_names(bundle.manifest.var.num_scales, layout) if name not in seals]:
         raise EngineError(f"{directory}: not finished, {', '.join(missing)} missing; {_build(bundle.path)}")
     return PlanSet(
-        directory=directory, layout=layout, batch=batch, seals=seals, plugins=plugins, kernels_sha256=kernels
+        bundle=bundle.path,
+        directory=directory,
+        layout=layout,
+        batch=batch,
+        seals=seals,
+        plugins=plugins,
+        kernels_sha256=kernels,
     )
 
 
-def _build(path: Path) -> str:
-    bundle = next((parent.parent for parent in path.parents if parent.name == "plans"), path)
+def _build(bundle: Path) -> str:
     return f"run var-deploy build {bundle} on this machine"

@@ -124,6 +124,8 @@ def _instance_kind(manifest: Manifest, model: ServedModel) -> tuple[str, str]:
     if model.device == "auto":
         if model.engine == "tensorrt":
             return "KIND_GPU", ""
+        if manifest.precision is Precision.BF16:  # no engine runs it on a CPU
+            return "KIND_GPU", ""
         on_cpu = model.engine == "onnx" or (model.engine == "auto" and manifest.precision is Precision.INT8)
         return ("KIND_CPU" if on_cpu else "KIND_AUTO"), ""
     if model.device == "cpu":

@@ -19,17 +19,26 @@ from types import ModuleType
 from typing import Any
 
 from var_deploy.bundle import Bundle, FileSeal, sha256_of
-from var_deploy.engines.cuda.kernels import KERNELS, write_draw_kernels
+from var_deploy.engines.cuda.kernels import KERNELS, kernel_source, kernels_are_whole, write_draw_kernels
 from var_deploy.engines.tensorrt_library import parser_errors, tensorrt_logger, tensorrt_module
 from var_deploy.errors import BundleError, EngineError, RequestError, VarDeployError
 from var_deploy.gpu import Gpu
 from var_deploy.locks import exclusive
 from var_deploy.output_file import replacing
-from var_deploy.plans import KERNELS_DIRECTORY, RECORD, Batch, Layout, bundle_digest, plans_directory
+from var_deploy.plans import (
+    KERNELS_DIRECTORY,
+    RECORD,
+    Batch,
+    Layout,
+    bundle_digest,
+    memory_needed,
+    plans_directory,
+    weight_copies,
+)
 from var_deploy.staging import put_in_place, staging_directory
 
 from .plugin_graphs import plugin_graphs
-from .tensorrt_plans import Plan, memory_needed, plans_of, weight_copies
+from .tensorrt_plans import Plan, plans_of
 
 log = logging.getLogger("var_deploy")
 
@@ -87,7 +96,7 @@ def build_plans(
                 "workspace": workspace,
                 "optimization_level": optimization_level,
                 "plugins": hashlib.sha256(b"".join(graphs.values())).hexdigest() if graphs else None,
-                "triton": version("triton") if graphs else None,  # its kernels are in the plans
+                "compiled": f"{version('triton')} {kernel_source()}" if graphs else None,  # what is in the plans
             }
             record = _Record(directory, bundle, batch, layout, options)
             builder = _Builder(trt, bundle, directory, graphs, workspace, optimization_level, progress)
@@ -152,12 +161,9 @@ class _Record:
             return False
 
     def holds_kernels(self) -> bool:
-        """Whether the kernels are there as they were compiled; the engine looks into each of them itself."""
-        file = self._directory / KERNELS_DIRECTORY / KERNELS
-        try:
-            return self._kernels is not None and sha256_of(file) == self._kernels
-        except OSError:
-            return False
+        """Whether the kernels are there as they were compiled."""
+        place = self._directory / KERNELS_DIRECTORY
+        return kernels_are_whole(place) and sha256_of(place / KERNELS) == self._kernels
 
     def add(self, name: str, seal: FileSeal, not_fused: str | None) -> None:
         """not_fused: why attention takes several kernels, if it does."""

@@ -12,11 +12,8 @@ from dataclasses import dataclass, field
 
 from var_deploy.bundle import Bundle
 from var_deploy.errors import BundleError
-from var_deploy.plans import Batch, Layout, plan_names
+from var_deploy.plans import Batch, Layout, Shape, input_ranges, plan_names
 from var_deploy.precision import Precision
-from var_deploy.signature import GraphSpec
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,50 +44,14 @@ def plans_of(bundle: Bundle, batch: Batch, layout: Layout) -> list[Plan]:
     for name in plan_names(manifest.var.num_scales, layout):
         spec, lengths = manifest.graphs[name], manifest.var.tokens_per_scale
         if name != "scales":
-            profiles: tuple[Profile, ...] = (_profile(spec, batch, {}, {}),)
+            profiles: tuple[Profile, ...] = (Profile(shapes=input_ranges(spec, batch)),)
         else:
             pinned = [{"n": n, "n_prev": lengths[max(k - 1, 0)]} for k, n in enumerate(lengths)]
-            profiles = tuple(_profile(spec, batch, axes, {"scale": k}) for k, axes in enumerate(pinned))
+            profiles = tuple(
+                Profile(shapes=input_ranges(spec, batch, axes), values={"scale": k}) for k, axes in enumerate(pinned)
+            )
         plans.append(Plan(name=name, graph=spec.file, profiles=profiles))
     return plans
-
-
-def _profile(spec: GraphSpec, batch: Batch, pinned: dict[str, int], values: dict[str, int]) -> Profile:
-    """pinned: symbolic axes that this profile fixes."""
-    open_axes = {
-        "R": (batch.least, 2 * batch.tuned, 2 * batch.most),
-        "B": (batch.least, batch.tuned, batch.most),
-        **{name: (length,) * 3 for name, length in pinned.items()},
-    }
-
-    def shape(axes: tuple[int | str, ...], which: int) -> Shape:
-        return tuple(axis if isinstance(axis, int) else open_axes[axis][which] for axis in axes)
-
-    shapes = {
-        tensor.name: (shape(tensor.shape, 0), shape(tensor.shape, 1), shape(tensor.shape, 2)) for tensor in spec.inputs
-    }
-    return Profile(shapes=shapes, values=values)
-
-
-def weight_copies(layout: Layout, num_scales: int) -> int:
-    """How often the transformer's weights lie in GPU memory."""
-    return num_scales if layout is Layout.PER_SCALE else 1
-
-
-def memory_needed(bundle: Bundle, batch: Batch, layout: Layout) -> int:
-    """Bytes on the GPU that are there for certain when all plans are loaded: weights and caches.
-
-    Activations and scratch memory come on top; only TensorRT knows them, once it has built.
-    """
-    manifest = bundle.manifest
-    once = ("decoder.", "encoder.", "quant_conv.", "post_quant_conv.", "quantize.", "class_emb.")
-    sizes = bundle.weight_bytes()
-    # AdaLN projections and the embedding of classes are read by `condition` alone.
-    transformer = sum(size for name, size in sizes.items() if not name.startswith(once) and "ada_" not in name)
-    rest = sum(sizes.values()) - transformer
-    var, cache_bytes = manifest.var, 4 if manifest.precision is Precision.FP32 else 2
-    caches = cache_bytes * 2 * var.depth * 2 * batch.most * var.num_tokens * var.embed_dim
-    return weight_copies(layout, var.num_scales) * transformer + rest + caches
 
 
 def trtexec_lines(bundle: Bundle, batch: Batch, layout: Layout) -> list[str]:

@@ -17,6 +17,7 @@ from tests.var_deploy.host_cuda import HostCuda, host_compiled
 from var_deploy.bundle import Bundle, sha256_of
 from var_deploy.cli import app
 from var_deploy.engines import tensorrt_library
+from var_deploy.engines.cuda import kernels as cuda_kernels
 from var_deploy.errors import BundleError, EngineError, RequestError
 from var_deploy.gpu import Gpu
 from var_deploy.locks import exclusive
@@ -321,7 +322,7 @@ def test_without_tensorrt(bundle, monkeypatch):
         EngineError, match=r"^tensorrt: cannot be used \(.*\): pip install 'var-deploy\[tensorrt\]' where"
     ):
         built(bundle)
-    with pytest.raises(EngineError, match=r"^cuda-python cannot be used \(.*\): pip install 'var-deploy"):
+    with pytest.raises(EngineError, match=r"^cuda-python cannot be used \(.*\): pip install cuda-python"):
         Gpu.at(None)
 
 
@@ -378,7 +379,7 @@ def test_scales_with_plugins_lie_beside_the_plain_ones(recorder, bundle, monkeyp
     others = [Path(call["model"]).stem for call in recorder.of("parse_from_file")]
     assert others == ["condition", "finish", "decoder", "encoder"]
     record = json.loads((directory / "plans.json").read_text())
-    assert record["triton"]
+    assert record["compiled"]
     recorder.calls.clear()
     built(bundle, plugins=registered.append)
     assert recorder.of("parse") == []
@@ -392,6 +393,21 @@ def test_scales_with_plugins_lie_beside_the_plain_ones(recorder, bundle, monkeyp
         RequestError, match="plugins: layout profiles has none, as their kernels are for one scale; use"
     ):
         built(bundle, plugins=registered.append, layout=Layout.PROFILES)
+
+
+@pytest.mark.parametrize("what", ["cubin", "record", "source"])
+def test_kernels_that_are_damaged_or_outdated_are_compiled_again(recorder, bundle, monkeypatch, what):
+    directory = built(bundle) / "kernels"
+    before = (directory / "draw.cubin").read_bytes()
+    if what == "source":
+        monkeypatch.setattr(cuda_kernels, "kernel_source", lambda: "of a newer version")
+    else:
+        (directory / {"cubin": "draw.cubin", "record": "kernels.json"}[what]).write_bytes(b"{}")
+    recorder.calls.clear()
+    built(bundle)
+    assert recorder.of("parse_from_file") == []
+    assert (directory / "draw.cubin").read_bytes() == before
+    assert cuda_kernels.kernels_are_whole(directory)
 
 
 def test_one_build_at_a_time(recorder, bundle):

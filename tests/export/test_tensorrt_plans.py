@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from var_deploy.bundle import Bundle
 from var_deploy.errors import BundleError, RequestError
+from var_deploy.plans import Batch, Layout, memory_needed
 from var_export.bundle import write_bundle
-from var_export.tensorrt_plans import Batch, Layout, memory_needed, plans_of, trtexec_lines
+from var_export.tensorrt_plans import plans_of, trtexec_lines
 from var_train.checkpoint import load_pair
 
 BATCH = Batch(least=1, tuned=2, most=5)

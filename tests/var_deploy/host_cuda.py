@@ -127,7 +127,8 @@ class HostCuda:
         if self.allocated + size > self.limit:
             return Error.cudaErrorMemoryAllocation, None
         block, address = _aligned(size)
-        block[:] = 0xFF  # NaN in every float
+        words = block[: size // 4 * 4].view(np.uint32)
+        words[:] = 0x7FFFFFFF  # NaN in every float, far beyond every table in an integer
         self.device_memory[address] = block
         return Error.cudaSuccess, address
 

@@ -68,7 +68,7 @@ class HostTensorRT:
             ),
             ("IExecutionContext", "set_input_shape"): self._set_shape,
             ("IExecutionContext", "set_tensor_address"): lambda made, name, memory: (
-                made.state["addresses"].update({name: memory}) is None
+                made.state["addresses"].update({name: memory}) is None and memory % 256 == 0
             ),
             ("IExecutionContext", "infer_shapes"): lambda made: [
                 name for name in made.state["engine"].state["inputs"] if name not in made.state["shapes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from var_deploy.engines import onnx_cuda
 from var_deploy.engines.cuda.dlpack import SharedTensor
 from var_deploy.engines.engine import Provider
 from var_deploy.errors import EngineError
+from var_deploy.gpu import OutOfMemoryError
 from var_deploy.mapped_weights import weight_bytes
 from var_export.bundle import write_bundle
 from var_kernels import ahead_of_time
@@ -38,7 +40,8 @@ def cuda(tmp_path_factory) -> Iterator[HostCuda]:
         patch.setattr(ahead_of_time, "compiled", host_compiled)
         patch.setattr(onnx_cuda, "DEVICE_TYPE", "cpu")
         patch.setattr(onnx_cuda, "_NAMES", {Provider.CUDA: "CPUExecutionProvider"})
-        patch.setattr(onnx_cuda, "_providers", lambda *_: ["CPUExecutionProvider"])
+        patch.setattr(onnx_cuda, "_providers", lambda *_, **__: [("CPUExecutionProvider", {})])
+        patch.setattr(ort, "preload_dlls", lambda: None)
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield cuda
@@ -139,6 +142,7 @@ def test_every_launch_has_a_graph_number_of_its_own(cuda, tiny_bundle, monkeypat
     assert len(set(numbers)) == 14
     pipe.engine.release()
     gc.collect()
+    pipe.engine._runner._worker.submit(int).result()  # after what it was given before
     assert sorted(released) == sorted(map(int, numbers))
 
 
@@ -181,6 +185,54 @@ def test_the_real_assignment_names_every_node(cuda, pipe):
     names = {node.name for part in parts for node in part.get_nodes()}
     assert {part.ep_name for part in parts} == {"CPUExecutionProvider"}
     assert sum(name.startswith("TensorScatter") for name in names) == 2 * pipe.bundle.manifest.var.depth
+
+
+def test_a_capture_that_is_refused_is_explained_by_name(cuda, tiny_bundle, monkeypatch):
+    """ONNX Runtime opens no session that captures beside nodes on the CPU; one without says which they are."""
+    start = onnx_cuda.SessionRunner._started
+
+    def started(self: Any, name: str, *, captures: bool) -> ort.InferenceSession:
+        if captures:
+            raise EngineError("This session cannot use the graph capture feature")
+        return start(self, name, captures=captures)
+
+    monkeypatch.setattr(onnx_cuda.SessionRunner, "_started", started)
+    with pytest.raises(EngineError, match="cannot use the graph capture feature"):
+        load(tiny_bundle, engine="onnx", device="cuda")
+    parts = [assigned("OtherExecutionProvider", ("Cast_3", "Cast"))]
+    monkeypatch.setattr(ort.InferenceSession, "get_provider_graph_assignment_info", lambda _: parts)
+    with pytest.raises(
+        EngineError, match=r"condition: 1 nodes do not run on CPUExecutionProvider: Cast_3 \(Cast, Other"
+    ):
+        load(tiny_bundle, engine="onnx", device="cuda")
+    assert load(tiny_bundle, engine="onnx", device="cuda", allow_cpu=True).engine._runner._captures is False
+
+
+def test_all_runs_are_of_one_thread(cuda, pipe, monkeypatch):
+    """ONNX Runtime keeps captured graphs by thread."""
+    seen: set[int] = set()
+    run = ort.InferenceSession.run_with_iobinding
+
+    def noted(self: Any, *arguments: Any) -> None:
+        seen.add(threading.get_ident())
+        run(self, *arguments)
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", noted)
+    for _ in range(3):
+        thread = threading.Thread(target=pipe.generate, args=([1],))
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+    assert threading.get_ident() not in seen
+
+
+def test_memory_that_does_not_suffice(cuda, pipe, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 7")
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", fail)
+    with pytest.raises(OutOfMemoryError, match=r"condition: ONNX Runtime .* failed: Failed to allocate memory"):
+        pipe.generate([1])
 
 
 def test_a_provider_that_does_not_start(cuda, tiny_bundle, monkeypatch):
@@ -242,12 +294,13 @@ def test_an_old_version(tiny_bundle, monkeypatch):
         load(tiny_bundle, engine="onnx", device="cuda")
 
 
-def test_options_of_the_providers(tiny_bundle, monkeypatch):
+def test_options_of_the_providers(tiny_bundle, monkeypatch, tmp_path):
     """Names and values as the documentation of ONNX Runtime has them; every value is a string."""
     monkeypatch.setattr(onnx_cuda, "_NAMES", NAMES)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = SimpleNamespace(index=1, stream=77)
     bundle = Bundle.open(tiny_bundle)
-    ((name, options),) = PROVIDERS(Provider.CUDA, bundle, device)
+    ((name, options),) = PROVIDERS(Provider.CUDA, bundle, device, "scale_01", captures=True)
     assert name == "CUDAExecutionProvider"
     assert options == {
         "device_id": "1",
@@ -256,11 +309,20 @@ def test_options_of_the_providers(tiny_bundle, monkeypatch):
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1",
     }
-    tensorrt, cuda = PROVIDERS(Provider.TENSORRT, bundle, device)
+    tensorrt, cuda = PROVIDERS(Provider.TENSORRT, bundle, device, "scale_01", captures=False)
     assert (tensorrt[0], cuda[0]) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     assert "enable_cuda_graph" not in cuda[1]
     assert tensorrt[1]["trt_engine_cache_enable"] == tensorrt[1]["trt_timing_cache_enable"] == "1"
-    assert Path(tensorrt[1]["trt_engine_cache_path"]).name.startswith("onnxruntime-tensorrt-")
+    assert PROVIDERS(Provider.CUDA, bundle, device, "scale_01", captures=False) == [cuda]
+    assert Path(tensorrt[1]["trt_engine_cache_path"]).is_dir()
+    assert Path(tensorrt[1]["trt_engine_cache_path"]).parent == Path(tensorrt[1]["trt_timing_cache_path"])
+    least, most = (
+        dict(f.rsplit(":", 1) for f in tensorrt[1][f"trt_profile_{w}_shapes"].split(",")) for w in ("min", "max")
+    )
+    names = [tensor.name for tensor in bundle.manifest.graphs["scale_01"].inputs]
+    assert list(least) == list(most) == names  # every input with an open axis needs all three
+    assert least["cache_k.0"].startswith("1x")
+    assert most["cache_k.0"].startswith("16x")
 
 
 def test_memory_is_shared_by_the_protocol():

@@ -75,6 +75,7 @@ def test_tensors_of_the_configuration_are_those_that_the_model_reads_and_answers
         ("onnx", "auto", Precision.FP32, "KIND_CPU", []),
         ("auto", "auto", Precision.INT8, "KIND_CPU", []),
         ("auto", "auto", Precision.FP16, "KIND_AUTO", []),
+        ("onnx", "auto", Precision.BF16, "KIND_GPU", []),
         ("tensorrt", "auto", Precision.FP16, "KIND_GPU", []),
         ("auto", "cpu", Precision.FP32, "KIND_CPU", []),
         ("auto", "cuda", Precision.FP32, "KIND_GPU", []),

@@ -61,6 +61,11 @@ class Engine(Protocol):
     name: str
     precision: Precision
 
+    @property
+    def max_batch(self) -> int | None:
+        """The most images of one generation; None: as many as fit."""
+        ...
+
     def begin(self, labels_R: np.ndarray) -> State:
         """Computes everything that depends on the classes alone (labels int64 [R])."""
         ...
@@ -119,7 +124,7 @@ class DeviceLoop(Protocol):
 
     @property
     def max_batch(self) -> int | None:
-        """The most images that `generate` takes at a time; None: as many as fit."""
+        """As of `Engine`."""
         ...
 
     def generate(

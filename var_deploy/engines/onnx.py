@@ -67,6 +67,7 @@ class OnnxEngine:
     """Runs a bundle's graphs with ONNX Runtime; safe to use from several threads, one state each."""
 
     name = "onnx"
+    max_batch = None
 
     def __init__(
         self,

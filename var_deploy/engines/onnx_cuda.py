@@ -1,21 +1,22 @@
 """ONNX Runtime on a GPU: the static graphs as sessions over one copy of the weights in GPU memory.
 
-Its CUDA provider captures a graph for every scale and batch itself; draws run between them on the same stream. Every
+The CUDA provider captures a graph for every scale and batch itself; draws run between them on the same stream. Every
 node has to run on the GPU: ONNX Runtime puts what a provider lacks on the CPU without a word, so that is asked for and
 refused. Checked against ONNX Runtime on a CPU, not yet run on a GPU.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
+import re
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ import onnxruntime as ort
 
 from ..bundle import WEIGHTS, Bundle
 from ..errors import EngineError
+from ..gpu import OutOfMemoryError
 from ..mapped_weights import weight_bytes
+from ..plans import Batch, bundle_digest, input_ranges
 from ..prepared import PreparedCache, default_directory
 from ..signature import TensorSpec
 from .cuda.buffers import Launch
 from .cuda.device import Device, Tensor
 from .cuda.dlpack import SharedTensor
 from .cuda.engine import CudaEngine, CudaLoopEngine
-from .cuda.kernels import Kernels, write_draw_kernels
+from .cuda.kernels import Kernels, kernel_source, write_draw_kernels
 from .engine import Provider
 
 log = logging.getLogger("var_deploy")
@@ -41,6 +44,9 @@ LEAST_VERSION = (1, 30)
 
 #: Of kept kernels: count up when what is compiled changes without its source.
 FORM = "1"
+
+#: Of the engines that TensorRT's provider builds.
+TENSORRT_BATCH = Batch(least=1, tuned=1, most=8)
 
 #: Where the device's memory is, as ONNX Runtime calls it.
 DEVICE_TYPE = "cuda"
@@ -68,8 +74,7 @@ def onnx_cuda_engine(
     draws = "on the host" if draw_on_host else "by compiled kernels"
     log.info("engine onnx (%s) on %s, provider %s, draws %s", reason, device.gpu.name, provider, draws)
     kernels = None if draw_on_host else _kernels(bundle, device, prepared)
-    providers = _providers(provider, bundle, device)
-    runner = SessionRunner(bundle, device, providers, allow_cpu=allow_cpu, captures=provider is Provider.CUDA)
+    runner = SessionRunner(bundle, device, provider, allow_cpu=allow_cpu)
     if kernels is None:
         return CudaEngine("onnx", bundle, device, runner)
     return CudaLoopEngine("onnx", bundle, device, runner, kernels, captures=False)  # the provider does it
@@ -84,24 +89,41 @@ def _require(provider: Provider) -> None:
         known = ", ".join(ort.get_available_providers())
         raise EngineError(
             f"engine 'onnx' on a GPU needs {_NAMES[provider]}, this ONNX Runtime has {known}: pip uninstall "
-            "onnxruntime, then pip install onnxruntime-gpu"
+            "onnxruntime, then pip install 'var-deploy[onnx-gpu]'"
         )
+    ort.preload_dlls()  # CUDA and cuDNN, where they are Python packages
 
 
-def _providers(provider: Provider, bundle: Bundle, device: Device) -> list[tuple[str, dict[str, str]]]:
-    """The provider and those that take what it leaves, each with its options."""
+def _providers(
+    provider: Provider, bundle: Bundle, device: Device, graph: str, *, captures: bool
+) -> list[tuple[str, dict[str, str]]]:
+    """The provider for a graph and those that take what it leaves, each with its options."""
     shared = {"device_id": str(device.index), "user_compute_stream": str(device.stream)}
     cuda = {**shared, "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}  # float32 keeps all its bits
     if provider is Provider.CUDA:
-        return [(_NAMES[provider], {**cuda, "enable_cuda_graph": "1"})]
-    engines = default_directory() or Path(tempfile.gettempdir())
+        return [(_NAMES[provider], {**cuda, "enable_cuda_graph": "1"} if captures else cuda)]
+    kept = default_directory()
+    if kept is None:
+        raise EngineError("provider 'tensorrt' keeps its engines in the user's cache, and there is no home for one")
+    kept = kept / "onnxruntime-tensorrt"
+    try:
+        (kept / bundle_digest(bundle)[:16]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EngineError(
+            f"{kept}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to another place"
+        ) from error
+    ranges = input_ranges(bundle.manifest.graphs[graph], TENSORRT_BATCH)
     tensorrt = {
         **shared,
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(engines / f"onnxruntime-tensorrt-{bundle.manifest.files[WEIGHTS].sha256[:16]}"),
+        "trt_engine_cache_path": str(kept / bundle_digest(bundle)[:16]),
+        "trt_engine_cache_prefix": graph,
         "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(engines),
+        "trt_timing_cache_path": str(kept),
     }
+    for which, option in enumerate(("min", "opt", "max")):
+        shapes = (f"{name}:{'x'.join(map(str, shapes[which]))}" for name, shapes in ranges.items())
+        tensorrt[f"trt_profile_{option}_shapes"] = ",".join(shapes)
     return [(_NAMES[provider], tensorrt), (_NAMES[Provider.CUDA], cuda)]
 
 
@@ -114,13 +136,13 @@ def _kernels(bundle: Bundle, device: Device, prepared: PreparedCache | None) -> 
     if prepared is not None:
         var = bundle.manifest.var
         sizes = (var.vocab_size, var.z_channels, var.num_tokens, *device.gpu.capability)
-        made_from = [FORM, *map(str, sizes), _version_of("triton"), _source_of("var_kernels")]
+        made_from = [FORM, *map(str, sizes), _version_of("triton"), kernel_source()]
         entry = prepared.entry("draw", made_from, 8_000_000, make)
         if entry is not None:
-            return Kernels(device, entry, bundle.manifest)
+            return Kernels(device, entry, bundle.manifest, "run var-deploy cache --clear")
     with tempfile.TemporaryDirectory() as directory:
         make(Path(directory))
-        return Kernels(device, Path(directory), bundle.manifest)
+        return Kernels(device, Path(directory), bundle.manifest, "install triton again")
 
 
 def _version_of(package: str) -> str:
@@ -130,35 +152,19 @@ def _version_of(package: str) -> str:
         return "none"
 
 
-def _source_of(package: str) -> str:
-    """Digest of a package's files, found without loading it."""
-    spec = find_spec(package)
-    digest = hashlib.sha256()
-    for folder in spec.submodule_search_locations or () if spec is not None else ():
-        for path in sorted(Path(folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 class SessionRunner:
     """Sessions of a bundle's static graphs on a device; see `GraphRunner`."""
 
     symbolic = False
     least_rows = 1
-    most_images = None
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: Device,
-        providers: Sequence[Any],
-        *,
-        allow_cpu: bool,
-        captures: bool,
-    ) -> None:
-        """providers: as ONNX Runtime takes them. captures: whether they capture graphs by number."""
-        self._bundle, self._device = bundle, device
-        self._providers, self._allow_cpu, self._captures = providers, allow_cpu, captures
+    def __init__(self, bundle: Bundle, device: Device, provider: Provider, *, allow_cpu: bool) -> None:
+        self._bundle, self._device, self._provider, self._allow_cpu = bundle, device, provider, allow_cpu
+        # TensorRT's provider knows no graph by its number; and no graph holds what runs on the CPU.
+        self._captures = provider is Provider.CUDA and not allow_cpu
+        self.most_images = TENSORRT_BATCH.most if provider is Provider.TENSORRT else None
+        # ONNX Runtime keeps captured graphs by thread, so all runs are of one, whoever asks.
+        self._worker = ThreadPoolExecutor(1, "var-deploy-onnx", device.make_current)
         self._weights = {
             name: SharedTensor(tensor, dtype, DEVICE_TYPE, device.index)
             for name, (tensor, dtype) in _weights_on(device, bundle).items()
@@ -186,7 +192,7 @@ class SessionRunner:
             options.add_run_config_entry("gpu_graph_id", str(number))
         execution = _Execution(self, graph, session, binding, options)
         if self._captures:
-            weakref.finalize(execution, session.release_captured_graph, number).atexit = False
+            weakref.finalize(execution, _release, self._worker, session, number).atexit = False
         return execution
 
     def _session(self, name: str) -> ort.InferenceSession:
@@ -195,22 +201,28 @@ class SessionRunner:
         return self._sessions[name]
 
     def _opened(self, name: str) -> ort.InferenceSession:
+        try:
+            return self._started(name, captures=self._captures)
+        except EngineError:
+            if self._captures:  # ONNX Runtime refuses to capture beside nodes on the CPU, without a name: say which
+                self._started(name, captures=False)
+            raise
+
+    def _started(self, name: str, *, captures: bool) -> ort.InferenceSession:
         path = self._bundle.file(self._bundle.manifest.graphs[name].file)
         options = ort.SessionOptions()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.disable_prepacking", "1")  # on a CPU it would copy every weight
         for weight, value in self._shared.items():
             options.add_initializer(weight, value)
-        try:
-            session = ort.InferenceSession(path, options, providers=self._providers)
-        except Exception as error:  # of no public base class
-            raise EngineError(f"loading {path}: {_first_line(error)}") from error
-        self._require_on_gpu(name, session)
+        providers = _providers(self._provider, self._bundle, self._device, name, captures=captures)
+        with _told(f"loading {path}"):
+            session = ort.InferenceSession(path, options, providers=providers)
+        self._require_on_gpu(name, session, [provider for provider, _ in providers])
         return session
 
-    def _require_on_gpu(self, name: str, session: ort.InferenceSession) -> None:
+    def _require_on_gpu(self, name: str, session: ort.InferenceSession, asked: list[str]) -> None:
         """Raises EngineError for a session whose nodes do not all run on the providers that were asked for."""
-        asked = [given if isinstance(given, str) else given[0] for given in self._providers]
         if missing := [given for given in asked if given not in session.get_providers()]:
             raise EngineError(
                 f"{name}: ONNX Runtime {ort.__version__} could not start {', '.join(missing)} and fell back to "
@@ -244,10 +256,28 @@ class _Execution:
     options: ort.RunOptions
 
     def __call__(self) -> None:
-        try:
+        self.runner._worker.submit(self._run).result()
+
+    def _run(self) -> None:
+        with _told(f"{self.graph}: ONNX Runtime {ort.__version__} failed"):
             self.session.run_with_iobinding(self.binding, self.options)
-        except Exception as error:
-            raise EngineError(f"{self.graph}: ONNX Runtime {ort.__version__} failed: {_first_line(error)}") from error
+
+
+def _release(worker: ThreadPoolExecutor, session: ort.InferenceSession, number: int) -> None:
+    """Of a captured graph, by the thread that has it; nothing waits for it."""
+    with suppress(RuntimeError):  # the thread has ended
+        worker.submit(session.release_captured_graph, number)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns what ONNX Runtime raises, which has no public base class, into an EngineError."""
+    try:
+        yield
+    except Exception as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        no_memory = re.search("allocate memory|out of memory|ALLOC_FAILED", str(error), re.IGNORECASE)
+        raise (OutOfMemoryError if no_memory else EngineError)(f"{what}: {line}") from error
 
 
 def _weights_on(device: Device, bundle: Bundle) -> dict[str, tuple[Tensor, str]]:
@@ -259,7 +289,3 @@ def _weights_on(device: Device, bundle: Bundle) -> dict[str, tuple[Tensor, str]]
         if math.prod(shape):
             device.upload(tensors[name], values.view(tensors[name].dtype))
     return {spec.name: (tensors[spec.name], spec.dtype) for spec in specs}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

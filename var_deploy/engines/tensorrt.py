@@ -7,6 +7,8 @@ buffer, which is checked plan by plan. Written against TensorRT 11.4; checked ag
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from types import ModuleType
@@ -17,10 +19,10 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import EngineError
 from ..gpu import OutOfMemoryError
-from ..plans import Layout, PlanSet, find_plans, plan_names
+from ..plans import Layout, PlanSet, find_plans, memory_needed, plan_names
 from ..signature import cache_names
 from .cuda.buffers import Launch
-from .cuda.device import Device, Memory, Tensor
+from .cuda.device import ALIGNMENT, Device, Memory, Tensor
 from .cuda.engine import CudaEngine, CudaLoopEngine
 from .cuda.kernels import Kernels
 from .tensorrt_library import parser_errors, tensorrt_logger, tensorrt_module
@@ -37,11 +39,17 @@ def tensorrt_engine(
     found = find_plans(bundle, device.gpu, trt.__version__, plans)
     draws = "on the host" if draw_on_host else "by compiled kernels"
     log.info("engine tensorrt (%s) on %s, plans %s, draws %s", reason, device.gpu.name, found.directory, draws)
-    kernels = None if draw_on_host else Kernels(device, found.kernels(), bundle.manifest)
+    step = "build --layout profiles, or free some" if found.layout is Layout.PER_SCALE else "free some"
+    if (needed := memory_needed(bundle, found.batch, found.layout)) > (free := device.gpu.free_memory):
+        raise EngineError(
+            f"{found.directory}: needs {needed / 1e9:.1f} GB for weights and caches, {free / 1e9:.1f} GB of the GPU's "
+            f"memory are free; {step}"
+        )
+    remedy = "build the plans again on this machine"
+    kernels = None if draw_on_host else Kernels(device, found.kernels(), bundle.manifest, remedy)
     try:
         runner = PlanRunner(trt, bundle, device, found)
     except OutOfMemoryError as error:
-        step = "build --layout profiles, or free some" if found.layout is Layout.PER_SCALE else "free some"
         raise EngineError(f"{found.directory}: the plans do not fit into the GPU's memory ({error}); {step}") from error
     if kernels is None:
         return CudaEngine("tensorrt", bundle, device, runner)
@@ -59,8 +67,9 @@ class _Execution:
     on_host: list[np.ndarray]
 
     def __call__(self) -> None:
-        if not self.context.execute_async_v3(self.runner._device.stream):
-            raise EngineError(f"{self.graph}: TensorRT did not run it: {self.runner._said()}")
+        with self.runner._watched(self.graph):
+            if not self.context.execute_async_v3(self.runner._device.stream):
+                raise EngineError(f"{self.graph}: TensorRT did not run it: {self.runner._said()}")
 
 
 class PlanRunner:
@@ -82,7 +91,12 @@ class PlanRunner:
 
     def bound(self, graph: str, k: int | None, tensors: dict[str, Tensor]) -> Launch:
         """A context of its own, as a captured graph refers to it; all share one scratch buffer, as none run at once."""
-        trt, engine = self._trt, self._engine(graph)
+        engine = self._engine(graph)
+        with self._watched(graph):
+            return self._bound(graph, k, tensors, engine)
+
+    def _bound(self, graph: str, k: int | None, tensors: dict[str, Tensor], engine: Any) -> _Execution:
+        trt = self._trt
         scratch, size = self._scratch, engine.device_memory_size_v2
         if size > scratch.nbytes:  # of the encoder, which was not asked when it was allocated
             scratch = self._device.allocate(size)
@@ -95,6 +109,8 @@ class PlanRunner:
             raise EngineError(f"{graph}: profile {profile} was refused: {self._said()}")
         self._device.synchronize()
         on_host: list[np.ndarray] = []
+        for name, tensor in tensors.items():
+            assert tensor.address % ALIGNMENT == 0, name
         for spec in self._bundle.manifest.graphs[graph].inputs:
             tensor = tensors[spec.name]
             if not context.set_input_shape(spec.name, tensor.shape):
@@ -106,7 +122,8 @@ class PlanRunner:
         for name, tensor in tensors.items():
             address = tensor.address
             if engine.get_tensor_location(name) == trt.TensorLocation.HOST:  # lengths are computed from it
-                on_host.append(self._device.download(tensor))
+                on_host.append(self._device.pinned(tensor.nbytes))  # as aligned as the device's
+                on_host[-1][:] = self._device.download(tensor).view(np.uint8).ravel()
                 address = on_host[-1].ctypes.data
             if not context.set_tensor_address(name, address):
                 raise EngineError(f"{graph}: the address of {name} was refused: {self._said()}")
@@ -118,7 +135,8 @@ class PlanRunner:
     def _engine(self, name: str) -> Any:
         with self._lock:
             if name not in self._engines:
-                self._engines[name] = self._loaded(name)
+                with self._watched(name):
+                    self._engines[name] = self._loaded(name)
             return self._engines[name]
 
     def _loaded(self, name: str) -> Any:
@@ -126,7 +144,7 @@ class PlanRunner:
         trt, file = self._trt, self._plans.directory / f"{name}.plan"
         engine = self._runtime.deserialize_cuda_engine(self._plans.read(name))
         if engine is None:
-            raise EngineError(f"{file}: TensorRT {trt.__version__} does not take it: {self._said()}")
+            raise EngineError(f"{file}: TensorRT {trt.__version__} does not take it: {self._said()} ({self._free()})")
         spec = self._bundle.manifest.graphs[name]
         expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
         if (found := {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}) != expected:
@@ -155,10 +173,23 @@ class PlanRunner:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise EngineError(f"{path}: has no weights named {shown}, which the plan needs; build the plans again")
         if not refitter.refit_cuda_engine():
-            raise EngineError(f"{path}: its weights do not fit into the plan: {self._said()}")
+            raise EngineError(f"{path}: its weights could not be put into the plan: {self._said()} ({self._free()})")
+
+    def _free(self) -> str:
+        return f"{self._device.free_memory() / 1e9:.1f} GB of the GPU's memory are free"
 
     def _said(self) -> str:
-        """TensorRT's newest error; what was raised in its callback, Ctrl-C among it, goes on from here."""
-        if self._raised:
-            raise self._raised.pop()
+        """TensorRT's newest error."""
         return self._logger.last_error or "it gave no reason"
+
+    @contextmanager
+    def _watched(self, graph: str) -> Iterator[None]:
+        """What TensorRT raises becomes an EngineError; what its callbacks raised, Ctrl-C among it, goes on."""
+        self._logger.last_error = None
+        try:
+            yield
+        except RuntimeError as error:
+            raise EngineError(f"{graph}: TensorRT failed: {error}") from error
+        finally:
+            if self._raised:
+                raise self._raised.pop()

@@ -47,10 +47,11 @@ def tensorrt_logger(trt: ModuleType, raised: list[BaseException]) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
+            level = levels[severity]
+            if level == logging.ERROR:
+                self.last_error = msg
             try:
-                if levels[severity] == logging.ERROR:
-                    self.last_error = msg
-                log.log(levels[severity], "TensorRT: %s", msg)
+                log.log(level, "TensorRT: %s", msg)
             except BaseException as error:
                 raised.append(error)
 

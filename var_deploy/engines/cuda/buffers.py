@@ -46,7 +46,7 @@ class GraphRunner(Protocol):
 
 
 def loop_specs(manifest: Manifest, rows: int, images: int, *, smooth: bool) -> list[TensorSpec]:
-    """Everything that stays on the device between launches."""
+    """Everything that stays on the device; each begins at a multiple of 256 bytes, as TensorRT asks for."""
     var = manifest.var
     n, C, L = var.tokens_per_scale[-1], var.z_channels, var.num_tokens
     activation, f_hat = manifest.precision.graph_dtype, (rows, C, var.latent_size, var.latent_size)
@@ -55,8 +55,9 @@ def loop_specs(manifest: Manifest, rows: int, images: int, *, smooth: bool) -> l
     specs = [TensorSpec(spec.name, spec.dtype, _resolved(spec.shape, {"R": rows})) for spec in outputs]
     specs += [TensorSpec(name, activation, cache) for name in cache_names(var.depth)]
     specs += [
-        TensorSpec("scale", "int64", (var.num_scales, 1)),
-        TensorSpec("f_hat", "float32", (2, *f_hat)),
+        *(TensorSpec(f"scale.{k}", "int64", (1,)) for k in range(var.num_scales)),
+        TensorSpec("f_hat.0", "float32", f_hat),
+        TensorSpec("f_hat.1", "float32", f_hat),
         TensorSpec("codes", "float32", (rows, n, C)),
         TensorSpec("logits", "float32", (rows, n, var.vocab_size)),
         TensorSpec("uniforms", "float64", (images, L)),
@@ -78,11 +79,12 @@ class Buffers:
         self.labels = device.tensors([TensorSpec("labels", "int64", (rows,))])["labels"]
         self._tensors = device.tensors(loop_specs(manifest, rows, images, smooth=smooth))
         self._launches: dict[tuple[str, int | None, int], Launch] = {}
-        device.upload(self._tensors["scale"], np.arange(manifest.var.num_scales))
+        for k in range(manifest.var.num_scales):
+            device.upload(self._tensors[f"scale.{k}"], np.array([k]))
 
     def clear(self) -> None:
         """What a generation adds to, or reads before it is written."""
-        for name in ("f_hat", "codes"):
+        for name in ("f_hat.0", "f_hat.1", "codes"):
             self._device.zero(self._tensors[name])
 
     # ---- what lies where ---------------------------------------------------------------------------------------------
@@ -101,8 +103,8 @@ class Buffers:
 
     def f_hat(self, scales: int, rows: int) -> Tensor:
         """The map of the first `scales` scales, [rows, C, h, h]; two take turns, so it lasts until two scales later."""
-        both = self._tensors["f_hat"]
-        return both[scales % 2].front(rows, *both.shape[2:])
+        one = self._tensors[f"f_hat.{scales % 2}"]
+        return one.front(rows, *one.shape[1:])
 
     @property
     def uniforms(self) -> Tensor:
@@ -128,7 +130,7 @@ class Buffers:
         spec, n = self._manifest.graphs[name], self._manifest.var.tokens_per_scale
         axes = {"R": rows, "n": n[k], "n_prev": n[max(k - 1, 0)]}
         tensors = {
-            "scale": self._tensors["scale"][k],
+            "scale": self._tensors[f"scale.{k}"],
             "codes": self.codes(max(k - 1, 0), rows),
             "f_hat": self.f_hat(k - 1, rows),  # at the first scale the other half, which holds zeros too
             "f_hat.out": self.f_hat(k, rows),
@@ -155,8 +157,9 @@ class Buffers:
         """Modulations, start tokens and caches, the latter as input and as output."""
         found = {}
         for tensor in (*spec.inputs, *spec.outputs):
-            held = self._tensors.get(tensor.name.removesuffix(".out"))
-            if held is not None and tensor.name.removesuffix(".out") not in ("f_hat", "scale", "codes", "logits"):
+            name = tensor.name.removesuffix(".out")
+            held = self._tensors.get(name)
+            if held is not None and name not in ("codes", "logits"):
                 found[tensor.name] = held.front(*_resolved(tensor.shape, axes))
         return found
 

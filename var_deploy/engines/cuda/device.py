@@ -6,9 +6,11 @@ All work goes to one stream in the order of the calls. Memory is given back when
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
@@ -145,41 +147,61 @@ class Device:
         Raises EngineError where something in it cannot be captured.
         """
         runtime, what = self._runtime, "capturing a CUDA graph"
-        with _CAPTURING:
+        with _CAPTURING, _no_collection():
             mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
             self._check(runtime.cudaStreamBeginCapture(self._stream, mode), what)
+            graph = None
             try:
-                launch()
-            finally:
-                ended = runtime.cudaStreamEndCapture(self._stream)  # also after an error, or the stream stays captured
-            graph = self._check(ended, what)
-            try:
+                try:
+                    launch()
+                finally:
+                    ended = runtime.cudaStreamEndCapture(self._stream)  # after an error too, or it stays captured
+                    graph = ended[1]
+                self._check(ended, what)
                 executable = self._check(runtime.cudaGraphInstantiate(graph, 0), what)
             finally:
-                runtime.cudaGraphDestroy(graph)
+                if graph is not None:
+                    runtime.cudaGraphDestroy(graph)
         return _Replay(self, executable)
 
     def launch_graph(self, executable: Any) -> None:
         """In stream order."""
         self._check(self._runtime.cudaGraphLaunch(executable, self._stream), "a CUDA graph")
 
-    def event(self) -> Any:
-        """The time at this place of the stream."""
-        event = self._check(self._runtime.cudaEventCreate(), "an event")
-        self._check(self._runtime.cudaEventRecord(event, self._stream), "an event")
-        return event
-
-    def seconds_between(self, events: list[Any]) -> list[float]:
-        """Of every event to the next, once the stream was waited for; the events are given back."""
-        elapsed = [
-            self._check(self._runtime.cudaEventElapsedTime(*pair), "an event") / 1000 for pair in pairwise(events)
-        ]
-        for event in events:
-            self._runtime.cudaEventDestroy(event)
-        return elapsed
+    def clock(self) -> Clock:
+        """Begins to measure at this place of the stream."""
+        return Clock(self._runtime, self._stream)
 
     def _check(self, result: tuple[Any, ...], what: str) -> Any:
         return checked(self._runtime, result, what)
+
+
+class Clock:
+    """Seconds between marks, by events in stream order, so that marking waits for nothing."""
+
+    def __init__(self, runtime: Any, stream: Any) -> None:
+        self._runtime, self._stream = runtime, stream
+        self._names: list[str] = []
+        self._events = [self._event()]
+
+    def mark(self, name: str) -> None:
+        """Ends the stage `name`, which began at the mark before."""
+        self._names.append(name)
+        self._events.append(self._event())
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, those of one name added up; the stream must have been waited for."""
+        total: dict[str, float] = {}
+        for name, pair in zip(self._names, pairwise(self._events), strict=True):
+            elapsed = checked(self._runtime, self._runtime.cudaEventElapsedTime(*pair), "an event")
+            total[name] = total.get(name, 0.0) + elapsed / 1000
+        return total
+
+    def _event(self) -> Any:
+        event = checked(self._runtime, self._runtime.cudaEventCreate(), "an event")
+        weakref.finalize(self, self._runtime.cudaEventDestroy, event).atexit = False
+        checked(self._runtime, self._runtime.cudaEventRecord(event, self._stream), "an event")
+        return event
 
 
 class _Replay:
@@ -214,6 +236,18 @@ class Packed:
     def download(self) -> None:
         """Device → host, in stream order; read the host's side after synchronising."""
         self._device.copy(self._host_block.ctypes.data, self._block.address, self._block.nbytes)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's collector, which could give back memory in the middle of a capture: CUDA allows none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def numpy_dtype(name: str) -> np.dtype:

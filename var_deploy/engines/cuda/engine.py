@@ -64,16 +64,16 @@ class _Slot:
 class CudaState:
     """One step-by-step generation on buffers of its own, every row an image of its own."""
 
+    engine: CudaEngine
     buffers: Buffers
-    device: Device
     rows: int
     scales_added: int = 0
 
     @property
     def f_hat_RChh(self) -> np.ndarray:
         """A copy on the host."""
-        self.device.make_current()
-        return self.device.download(self.buffers.f_hat(self.scales_added, self.rows))
+        with self.engine._running():
+            return self.engine.device.download(self.buffers.f_hat(self.scales_added, self.rows))
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +96,11 @@ class CudaEngine:
         self._idle: dict[int, list[Buffers]] = {}  # of states that have ended, by rows
         self._maps: dict[tuple[str, int], _Map] = {}
 
+    @property
+    def max_batch(self) -> int | None:
+        """The most images at a time; None: as many as fit."""
+        return self._runner.most_images
+
     def begin(self, labels_R: np.ndarray) -> CudaState:
         with self._running():
             rows = max(len(labels_R), self._runner.least_rows)
@@ -105,7 +110,7 @@ class CudaEngine:
             buffers.clear()
             buffers.condition(buffers.labels)()
             self.device.synchronize()
-            state = CudaState(buffers, self.device, len(labels_R))
+            state = CudaState(self, buffers, len(labels_R))
             weakref.finalize(state, idle.append, buffers).atexit = False
             return state
 
@@ -211,10 +216,6 @@ class CudaLoopEngine(CudaEngine):
             self._codebook_VC = device.tensors([spec])["codebook"]
             device.upload(self._codebook_VC, codebook_VC)
 
-    @property
-    def max_batch(self) -> int | None:
-        return self._runner.most_images
-
     def generate(
         self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None
     ) -> LoopResult:
@@ -222,14 +223,13 @@ class CudaLoopEngine(CudaEngine):
         B = len(labels_B)
         with self._running(), self._once():
             slot, stages = self._ready(B, settings, staged=on_scale is not None)
-            device, names, events = self.device, ["upload"], [self.device.event()]
+            device, clock = self.device, self.device.clock()
             fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
             slot.inputs.upload()
-            events.append(device.event())
+            clock.mark("upload")
             for stage in stages:
                 stage.launch()
-                names.append(stage.name)
-                events.append(device.event())
+                clock.mark(stage.name)
                 if on_scale is not None and stage.completed is not None:
                     k = stage.completed
                     self._refuse_invalid(device.download(slot.outputs.device["invalid_KB"])[:, :B])
@@ -238,16 +238,12 @@ class CudaLoopEngine(CudaEngine):
                     on_scale(k, tokens_BL[:, slice(*self._var.span(k))].copy(), f_hat_BChh)
             slot.outputs.download()
             pixels_B3RR = device.download(slot.pixels_B3RR.front(B, *slot.pixels_B3RR.shape[1:]))
-            names.append("download")
-            events.append(device.event())
+            clock.mark("download")
             device.synchronize()
-            timings: dict[str, float] = {}
-            for name, seconds in zip(names, device.seconds_between(events), strict=True):
-                timings[name] = timings.get(name, 0.0) + seconds
             self._refuse_invalid(slot.outputs.host["invalid_KB"][:, :B])
             tokens_BL = slot.outputs.host["tokens_BL"][:B]
             tokens = [tokens_BL[:, slice(*self._var.span(k))].copy() for k in range(self._var.num_scales)]
-            return LoopResult(tokens=tokens, bytes_BRR3=None, pixels=lambda: pixels_B3RR, timings=timings)
+            return LoopResult(tokens=tokens, bytes_BRR3=None, pixels=lambda: pixels_B3RR, timings=clock.seconds())
 
     def device_seconds(
         self,
@@ -268,15 +264,12 @@ class CudaLoopEngine(CudaEngine):
             slot, stages = self._ready(len(labels_B), settings, staged=staged, decode=decode)
             fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
             slot.inputs.upload()
-            events = [self.device.event()]
+            clock = self.device.clock()
             for stage in stages:
                 stage.launch()
-                events.append(self.device.event())
+                clock.mark(stage.name)
             self.device.synchronize()
-            found: dict[str, float] = {}
-            for stage, seconds in zip(stages, self.device.seconds_between(events), strict=True):
-                found[stage.name] = found.get(stage.name, 0.0) + seconds
-            return found
+            return clock.seconds()
 
     def peak_memory(self, run: Callable[[], object]) -> tuple[int, int]:
         """Bytes of the GPU that are taken after `run`, beyond those before the engine was made, for benchmarks.
@@ -301,7 +294,7 @@ class CudaLoopEngine(CudaEngine):
 
         def make() -> tuple[_Slot, list[Stage]]:
             if key not in self._slots:
-                self._slots[key] = self._slot(bucket, rows, settings.smooth)
+                self._slots[key] = self._slot(bucket, rows, settings)
             slot = self._slots[key]
             if graph_key not in slot.stages:
                 slot.stages[graph_key] = self._made(slot, guided_scales, staged, decode)
@@ -309,9 +302,12 @@ class CudaLoopEngine(CudaEngine):
 
         return self._with_room(rows, make)
 
-    def _slot(self, bucket: int, rows: int, smooth: bool) -> _Slot:
-        buffers = Buffers(self.device, self._runner, self._manifest, rows=rows, images=bucket, smooth=smooth)
+    def _slot(self, bucket: int, rows: int, settings: Settings) -> _Slot:
+        buffers = Buffers(self.device, self._runner, self._manifest, rows=rows, images=bucket, smooth=settings.smooth)
         inputs = self.device.packed(input_specs(self._var, bucket, rows))
+        # Graphs are captured before the request's own values are there: what runs then must be able to run.
+        fill_request(inputs.host, self._var, bucket, np.zeros(0, np.int64), [], settings)
+        inputs.upload()
         outputs = self.device.packed(output_specs(self._var, bucket))
         pixels = self.device.tensors([decode_specs(self._manifest.vqvae, bucket)[1]])["pixels_B3RR"]
         return _Slot(buffers, inputs, outputs, pixels)
@@ -331,6 +327,8 @@ class CudaLoopEngine(CudaEngine):
             stages = [Stage("replay", partial(_launch_all, stages))]
         try:
             return [Stage(stage.name, self.device.captured(stage.launch), stage.completed) for stage in stages]
+        except OutOfMemoryError:
+            raise
         except EngineError as error:  # a library that launches something which a graph cannot hold
             log.warning("%s; running without CUDA graphs, which takes longer at small batches", error)
             return stages

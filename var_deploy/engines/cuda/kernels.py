@@ -11,6 +11,7 @@ import json
 import os
 import weakref
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def write_draw_kernels(directory: Path, manifest: Manifest, capability: tuple[in
             "threads": kernel.threads,
             "shared_bytes": kernel.shared_bytes,
         }
-    record = {"capability": list(capability), **sizes, "triton": triton.__version__, "kernels": entries}
+    record = {
+        "capability": list(capability),
+        **sizes,
+        "triton": triton.__version__,
+        "source": kernel_source(),
+        "kernels": entries,
+    }
     (directory / KERNELS).write_text(json.dumps(record, indent=1))
 
 
@@ -70,14 +77,44 @@ class _Kernel:
     shared_bytes: int
 
 
+def _known(kind: str) -> str:
+    """The type of an argument. Raises ValueError: one left out would move all that follow."""
+    if kind not in _CTYPES:
+        raise ValueError(f"an argument is a {kind}, known: {', '.join(_CTYPES)}")
+    return kind
+
+
+def kernels_are_whole(directory: Path) -> bool:
+    """Whether kernels are there as they were compiled, and of the source that is installed."""
+    try:
+        record = json.loads((directory / KERNELS).read_text())
+        entries = record["kernels"].items()
+        return record["source"] == kernel_source() and all(
+            hashlib.sha256((directory / f"{name}.cubin").read_bytes()).hexdigest() == entry["sha256"]
+            for name, entry in entries
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def kernel_source() -> str:
+    """Digest of the files that kernels are compiled from, found without loading them."""
+    spec = find_spec("var_kernels")
+    digest = hashlib.sha256()
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        for path in sorted(Path(folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class Kernels:
     """The kernels of a directory on a device."""
 
-    def __init__(self, device: Device, directory: Path, manifest: Manifest) -> None:
-        """Raises EngineError for kernels that are damaged, or of other sizes or another GPU."""
+    def __init__(self, device: Device, directory: Path, manifest: Manifest, remedy: str) -> None:
+        """remedy: what to do about those that are damaged, or of other sizes or another GPU. Raises EngineError."""
         from cuda.bindings import driver
 
-        self._driver, self._stream = driver, driver.CUstream(device.stream)
+        self._driver, self._stream, self._remedy = driver, driver.CUstream(device.stream), remedy
         self._kernels: dict[str, _Kernel] = {}
         path = directory / KERNELS
         expected = {"capability": list(device.gpu.capability), **_sizes(manifest)}
@@ -85,20 +122,20 @@ class Kernels:
             record = json.loads(path.read_text())
             found = {key: record.get(key) for key in expected}
             if found != expected:
-                raise EngineError(f"{path}: for {found}, expected {expected}; build the plans again")
+                raise EngineError(f"{path}: for {found}, expected {expected}; {remedy}")
             for name, entry in record["kernels"].items():
                 cubin = (directory / f"{name}.cubin").read_bytes()
                 if hashlib.sha256(cubin).hexdigest() != entry["sha256"]:
-                    raise EngineError(f"{directory / name}.cubin: has changed; build the plans again")
+                    raise EngineError(f"{directory / name}.cubin: has changed; {remedy}")
                 self._kernels[name] = _Kernel(
                     self._loaded(cubin, entry["entry"], entry["shared_bytes"]),
-                    {argument: kind for argument, kind in entry["arguments"] if kind in _CTYPES},
+                    {argument: _known(kind) for argument, kind in entry["arguments"]},
                     int(entry["spare_pointers"]),
                     int(entry["threads"]),
                     int(entry["shared_bytes"]),
                 )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise EngineError(f"{path}: cannot be used ({error}); build the plans again") from error
+            raise EngineError(f"{path}: cannot be used ({error}); {remedy}") from error
 
     def launch(self, name: str, grid: tuple[int, ...], **arguments: int | float) -> None:
         """In stream order; pointers are addresses on the device. Arguments that the kernel does not have are left out.
@@ -108,7 +145,7 @@ class Kernels:
         kernel = self._kernels.get(name)
         if kernel is None or (missing := kernel.types.keys() - arguments.keys()):
             lacks = "is missing" if kernel is None else f"takes {', '.join(sorted(missing))} too"
-            raise EngineError(f"kernel {name} {lacks}; build the plans again")
+            raise EngineError(f"kernel {name} {lacks}; {self._remedy}")
         values = [arguments[argument] for argument in kernel.types] + [0] * kernel.spare_pointers
         types = [_CTYPES[kind] for kind in kernel.types.values()] + [ctypes.c_void_p] * kernel.spare_pointers
         x, y, z = (*grid, 1, 1)[:3]
@@ -141,5 +178,5 @@ class Kernels:
     def _check(self, result: tuple[Any, ...], what: str) -> Any:
         error, *values = result
         if error != self._driver.CUresult.CUDA_SUCCESS:
-            raise EngineError(f"{what}: CUDA says {error.name}; build the plans again on this machine")
+            raise EngineError(f"{what}: CUDA says {error.name}; {self._remedy}")
         return values[0] if values else None
