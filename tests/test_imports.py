@@ -30,7 +30,7 @@ ALLOWED_LAZILY = {
     "var_deploy/cli.py": ("var_export", "var_train"),
     "var_deploy/bench/device.py": ("var_kernels",),
     "var_deploy/bench/gpu.py": ("var_kernels",),
-    "var_deploy/bench/suite.py": ("var_export", "var_kernels"),
+    "var_deploy/bench/suite.py": ("var_export", "var_kernels", "var_train"),
     "var_deploy/engines/cuda/kernels.py": ("var_kernels",),
     "var_deploy/engines/onnx_cuda.py": ("var_kernels",),
     "var_deploy/bench/reference.py": ("var_train",),

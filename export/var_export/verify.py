@@ -173,7 +173,7 @@ def verify_bundle(
 
     scales, pixel_error, decoder_psnr, decoder_ssim = {}, {}, {}, {}
     variants: list[dict[str, Any]] = [{}]
-    if engine == "onnx":  # all graphs, and the decoder that "auto" takes
+    if engine == "onnx" and not device.startswith("cuda"):  # all graphs, and the decoder that "auto" takes
         variants = [{"graphs": "static", "decoder": "graph"}, {"graphs": "symbolic"}]
     for options in variants:
         pipe = var_deploy.load(

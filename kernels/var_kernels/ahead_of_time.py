@@ -81,6 +81,7 @@ def compiled(launch: Launch, capability: int, aligned: Collection[str], *, ptx_v
     memory, which a launch from outside would have to provide.
     """
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -89,7 +90,9 @@ def compiled(launch: Launch, capability: int, aligned: Collection[str], *, ptx_v
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     source = ASTSource(launch.kernel, signature.types, signature.constants, signature.attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # half the size, and no path of the machine that compiles
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     metadata, ptx, arguments = made.metadata, made.asm["ptx"], signature.arguments
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise ValueError(f"{metadata.name}: needs scratch memory, which only Triton's own launcher gives")

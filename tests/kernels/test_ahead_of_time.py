@@ -20,10 +20,12 @@ ROOT = Path(__file__).parents[2]
 #: Compiles in a process that was not told to interpret, and assembles the PTX again without its spare pointers.
 PROGRAM = """
 import json, subprocess, sys, tempfile
+from pathlib import Path
+import var_kernels
 from triton import knobs
 from var_kernels.ahead_of_time import draw_kernels, parameters, without_spare_pointers
 
-found = {}
+found, folder = {}, str(Path(var_kernels.__file__).parent)
 for capability in map(int, sys.argv[1:]):
     for name, kernel in draw_kernels(64, 8, 30, capability).items():
         ptx = without_spare_pointers(kernel)
@@ -34,6 +36,7 @@ for capability in map(int, sys.argv[1:]):
             target = f"sm_{capability}{'a' if capability >= 90 else ''}"
             subprocess.run([tool.path, f"--gpu-name={target}", file.name, "-o", out.name], check=True)
         found[f"{name} {capability}"] = {
+            "place": folder in kernel.ptx or folder.encode() in kernel.cubin,
             "elf": kernel.cubin[:4].decode("latin1"),
             "arguments": kernel.arguments,
             "parameters": [len(parameters(kernel.ptx)), len(parameters(ptx))],
@@ -60,6 +63,7 @@ def test_every_kernel_of_the_draw_assembles_with_its_own_arguments_alone(compile
     for name, kernel in compiled.items():
         count = len(kernel["arguments"])
         assert kernel["parameters"] == [count + 2, count], name
+        assert not kernel["place"], "machine code holds a path of this machine"
         assert kernel["elf"] == "\x7fELF"
         assert kernel["threads"] % 32 == 0
 

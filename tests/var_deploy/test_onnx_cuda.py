@@ -24,6 +24,7 @@ from var_deploy.errors import EngineError
 from var_deploy.gpu import OutOfMemoryError
 from var_deploy.mapped_weights import weight_bytes
 from var_export.bundle import write_bundle
+from var_export.verify import verify_bundle
 from var_kernels import ahead_of_time
 from var_train.checkpoint import load_pair
 
@@ -97,6 +98,12 @@ def test_half_precision(cuda, tiny_pair, tmp_path, precision):
     path = write_bundle(load_pair(*tiny_pair[1:]), tmp_path / "bundle", precision=precision)
     pipe, onnx = load(path, engine="onnx", device="cuda"), load(path, engine="onnx", device="cpu")
     assert_same(pipe.generate([1, 2], seeds=3, top_k=1), onnx.generate([1, 2], seeds=3, top_k=1))
+
+
+def test_verify_holds_it_to_the_reference(cuda, tiny_bundle, tiny_pair):
+    parity = verify_bundle(tiny_bundle, *tiny_pair[1:], engine="onnx", device="cuda")
+    assert parity.passed
+    assert parity.exact
 
 
 def test_weights_lie_on_the_device_once(cuda, tiny_bundle, monkeypatch):

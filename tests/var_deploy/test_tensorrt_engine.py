@@ -30,6 +30,7 @@ from var_deploy.plans import Batch, Layout
 from var_deploy.sampling import Settings
 from var_export.bundle import write_bundle
 from var_export.tensorrt import build_plans
+from var_export.verify import verify_bundle
 from var_kernels import ahead_of_time
 from var_train.checkpoint import load_pair
 
@@ -210,6 +211,12 @@ def test_half_precision(host, tiny_pair, tmp_path):
     got, expected = pipe.generate([1, 2], seeds=3, top_k=1), onnx.generate([1, 2], seeds=3, top_k=1)
     assert_same(got, expected)
     assert pipe.engine.precision == "fp16"
+
+
+def test_verify_holds_it_to_the_reference(bundle, tiny_pair):
+    parity = verify_bundle(bundle, *tiny_pair[1:], engine="tensorrt")
+    assert parity.passed
+    assert parity.exact
 
 
 def test_requests_of_several_threads(pipe, onnx):

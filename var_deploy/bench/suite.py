@@ -17,18 +17,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import EngineError, RequestError, VarDeployError, run_command
 from ..output_file import check_output, write_text
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, load
+from ..plans import Batch
 from .device import Rates, free, measured_ceilings
 from .gpu import gpu_record
 from .rows import TIMED, ceilings_record, machine, one_line
 from .run import bench
-from .table import outcomes, page
+from .table import RowKey, outcomes, page, row_key
 
 #: Repeats of a row: so many pairs of ours and the reference, fewer where they take longer than this.
 REPEATS, ROW_SECONDS = 50, 10.0
@@ -47,6 +49,7 @@ class Entry:
     """
 
     model: str
+    engine: str = "torch"
     precision: str = "bf16"
     batch: int
     reference: bool = False
@@ -55,7 +58,14 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.precision} batch {self.batch}{', compiled reference' if self.compiled else ''}"
+        engine = "" if self.engine == "torch" else f" {self.engine}"
+        compiled = ", compiled reference" if self.compiled else ""
+        return f"{self.model}{engine} {self.precision} batch {self.batch}{compiled}"
+
+    @property
+    def key(self) -> RowKey:
+        """Of its row."""
+        return self.model, self.engine, self.precision, self.batch
 
 
 SUITE = (
@@ -76,7 +86,15 @@ SUITE = (
     Entry(model="d36-s", batch=1, stages=True),
     Entry(model="d20", batch=1),
     Entry(model="d24", batch=1),
+    # From bundles on disk, whose plans are built first: minutes, and only where those libraries are.
+    Entry(model="d16", engine="onnx", precision="fp16", batch=1, stages=True),
+    Entry(model="d16", engine="onnx", precision="fp16", batch=8),
+    Entry(model="d16", engine="tensorrt", precision="fp16", batch=1, stages=True),
+    Entry(model="d16", engine="tensorrt", precision="fp16", batch=8),
 )
+
+#: What plans are built for.
+PLANS = Batch(least=1, tuned=1, most=8)
 
 #: What `Entry.compiled` adds to a row.
 COMPILED = ("compiled", "compiled_speedup", "reference_how")
@@ -91,7 +109,8 @@ class Measurement:
 
     def __init__(self, device: str, ceilings: Rates | None, progress: Callable[[str], None] = lambda _: None) -> None:
         self._device, self._ceilings, self._progress = device, ceilings, progress
-        self._held: tuple[tuple[str, str], Pipeline] | None = None
+        self._held: tuple[tuple[str, str, str], Pipeline] | None = None
+        self._exported: tuple[tuple[str, str], Path, TemporaryDirectory[str]] | None = None
 
     def __call__(self, entry: Entry, on_row: OnRow) -> None:
         try:
@@ -120,15 +139,41 @@ class Measurement:
     def _pipeline(self, entry: Entry) -> Pipeline:
         from var_export.random_bundle import random_pipeline
 
-        key = entry.model, entry.precision
+        key = entry.model, entry.engine, entry.precision
         if self._held is not None and self._held[0] != key:
             free(self._held[1].engine)
             self._held = None
         if self._held is None:
             self._progress(f"{entry.name}: making {entry.model}")
             self._free_cache()
-            self._held = key, random_pipeline(entry.model, device=self._device, precision=entry.precision)
+            if entry.engine == "torch":
+                pipe = random_pipeline(entry.model, device=self._device, precision=entry.precision)
+            else:
+                pipe = self._from_disk(entry)
+            self._held = key, pipe
         return self._held[1]
+
+    def _from_disk(self, entry: Entry) -> Pipeline:
+        """For engines that run graphs from files: exported, and for TensorRT built."""
+        from var_export.bundle import bundle_from_checkpoint
+        from var_train.presets import write_random_checkpoints
+
+        key = entry.model, entry.precision
+        if self._exported is None or self._exported[0] != key:
+            folder = TemporaryDirectory()
+            path = Path(folder.name)
+            pair = write_random_checkpoints(entry.model, path)
+            bundle = bundle_from_checkpoint(*pair, path / "bundle", precision=entry.precision)
+            for checkpoint in pair:
+                checkpoint.unlink()
+            self._exported = key, bundle, folder
+        bundle = self._exported[1]
+        if entry.engine == "tensorrt":
+            from var_export.tensorrt import build_plans
+
+            self._progress(f"{entry.name}: building plans")
+            build_plans(bundle, batch=PLANS)
+        return load(bundle, engine=entry.engine, device=self._device, verify_digests=False)
 
     def _free_cache(self) -> None:
         gc.collect()
@@ -179,8 +224,8 @@ class SuiteRun:
     def _row(self, entry: Entry, measure: Measure) -> str | None:
         """Measures one row; the reason to stop, if there is one."""
         rows, begin = self.record["rows"], self._clock()
-        name = {"model": entry.model, "precision": entry.precision, "batch": entry.batch}
-        earlier = next((row for row in rows if name.items() <= row.items()), None) if entry.compiled else None
+        name = {"model": entry.model, "engine": entry.engine, "precision": entry.precision, "batch": entry.batch}
+        earlier = next((row for row in rows if row_key(row) == entry.key), None) if entry.compiled else None
         at = len(rows)
 
         def on_row(row: dict[str, Any]) -> None:
@@ -222,7 +267,7 @@ def _memory_ran_out(error: BaseException) -> bool:
 
 def write_page(record: dict[str, Any] | None, out: Path) -> str:
     """Writes the page of a record, or of a suite of which nothing was measured; returns its text."""
-    text = page(record, [(entry.model, entry.precision, entry.batch) for entry in SUITE])
+    text = page(record, [entry.key for entry in SUITE])
     write_text(out, text)
     return text
 

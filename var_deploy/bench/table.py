@@ -88,8 +88,17 @@ def _value(goal: Goal, row: dict[str, Any]) -> float | None:
     return float(row["flops_share"] * on_device / seconds)
 
 
-def page(record: dict[str, Any] | None, planned: Sequence[tuple[str, str, int]]) -> str:
-    """Markdown of a record (None: nothing was measured); `planned`: model, precision and batch of the suite's rows."""
+#: Model, engine, precision, batch: what tells rows apart.
+RowKey = tuple[str, str, str, int]
+
+
+def row_key(row: dict[str, Any]) -> RowKey:
+    """Of a row, also of one that failed and names no engine but the first."""
+    return row["model"], row.get("engine", "torch"), row["precision"], row["batch"]
+
+
+def page(record: dict[str, Any] | None, planned: Sequence[RowKey]) -> str:
+    """Markdown of a record (None: nothing was measured); `planned`: the suite's rows."""
     rows = record["rows"] if record else []
     parts = ["# Whole images on a GPU", _about(record)]
     lines = [
@@ -145,6 +154,7 @@ _GPU_FACTS = {
 }
 _COLUMNS = (
     "model",
+    "engine",
     "precision",
     "batch",
     "ms, median (p10–p90)",
@@ -165,12 +175,12 @@ _COLUMNS = (
 )
 
 
-def _rows_table(rows: Sequence[dict[str, Any]], planned: Sequence[tuple[str, str, int]]) -> str:
-    found = {(row["model"], row["precision"], row["batch"]): row for row in rows}
+def _rows_table(rows: Sequence[dict[str, Any]], planned: Sequence[RowKey]) -> str:
+    found = {row_key(row): row for row in rows}
     names = list(dict.fromkeys([*planned, *found]))
     lines = [f"| {' | '.join(_COLUMNS)} |", _rule(len(_COLUMNS))]
-    for model, precision, batch in names:
-        cells = [model, precision, str(batch), *_cells(found.get((model, precision, batch)))]
+    for key in names:
+        cells = [*map(str, key), *_cells(found.get(key))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -178,7 +188,7 @@ def _rows_table(rows: Sequence[dict[str, Any]], planned: Sequence[tuple[str, str
 def _cells(row: dict[str, Any] | None) -> list[str]:
     if row is None or not row.get("seconds"):
         nothing = NOT_MEASURED if row is None else "failed"
-        return [nothing] + [""] * (len(_COLUMNS) - 4)
+        return [nothing] + [""] * (len(_COLUMNS) - 5)
     seconds = row["seconds"]
 
     def median(key: str) -> str:
@@ -208,7 +218,8 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['precision']} batch {row['batch']}"
+    model, engine, precision, batch = row_key(row)
+    return f"{model}{'' if engine == 'torch' else f' {engine}'} {precision} batch {batch}"
 
 
 def _stages(stages: dict[str, float]) -> str:

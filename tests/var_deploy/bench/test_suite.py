@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.var_deploy.host_cuda import HostCuda, host_compiled
 from var_deploy.bench import suite as bench_gpu
 from var_deploy.bench.suite import COMPILE_SECONDS, SUITE, Entry, Measurement, OnRow, SuiteRun, write_page
 from var_deploy.bench.table import NOT_MEASURED, TARGETS, Goal, Target, outcome, page
 from var_deploy.config import VARConfig, VQVAEConfig
+from var_deploy.engines import onnx_cuda
 from var_deploy.errors import RequestError, VarDeployError, run_command
 from var_export import random_bundle
+from var_kernels import ahead_of_time
 from var_kernels.result_file import slug
+from var_train import presets
 from var_train.presets import PRESETS
 
 ROOT = Path(__file__).parents[3]
@@ -59,8 +64,9 @@ def stored(out: Path) -> dict[str, Any]:
 
 
 def test_the_most_telling_rows_come_first_and_every_target_has_its_row():
-    names = [(entry.model, entry.precision, entry.batch) for entry in SUITE if not entry.compiled]
-    assert names[:3] == [("d16", "bf16", 1), ("d16", "bf16", 64), ("d30", "bf16", 1)]
+    names = [entry.key for entry in SUITE if not entry.compiled]
+    assert names[:3] == [("d16", "torch", "bf16", 1), ("d16", "torch", "bf16", 64), ("d30", "torch", "bf16", 1)]
+    assert {entry.engine for entry in SUITE} == {"torch", "onnx", "tensorrt"}
     assert len(set(names)) == len(names)
     assert {entry.model for entry in SUITE} == set(PRESETS) - {"d12"}  # of which there is no published model
     assert {entry.precision for entry in SUITE if entry.model == "d16"} == {"bf16", "fp16", "int8", "fp8"}
@@ -117,7 +123,7 @@ def test_the_compiled_reference_joins_the_row_that_came_before(tmp_path):
     assert (first["seconds"]["median"], first["compiled"]["median"], first["compiled_speedup"]) == (0.003, 0.004, 1.3)
     assert (first["reference_how"], first["failed"]) == ("bf16", {})
     assert "compiled" not in second
-    assert page(stored(out), []).count("| a | bf16 | 1 |") == 1
+    assert page(stored(out), []).count("| a | torch | bf16 | 1 |") == 1
 
 
 def test_a_reference_that_does_not_compile_leaves_the_row_as_it_was(tmp_path):
@@ -184,6 +190,7 @@ def test_a_row_that_fails_holds_its_error_and_the_next_one_runs(tmp_path):
     a, b, c = stored(out)["rows"]
     assert a == {
         "model": "a",
+        "engine": "torch",
         "precision": "bf16",
         "batch": 1,
         "error": "OutOfMemoryError: CUDA out of memory.",
@@ -192,8 +199,8 @@ def test_a_row_that_fails_holds_its_error_and_the_next_one_runs(tmp_path):
     assert "error" not in c
     text = page(stored(out), [])
     assert "- a bf16 batch 1: OutOfMemoryError: CUDA out of memory." in text
-    assert "| a | bf16 | 1 | failed |" in text
-    assert "| b | bf16 | 1 | 3.00 (3.00–3.00) |" in text
+    assert "| a | torch | bf16 | 1 | failed |" in text
+    assert "| b | torch | bf16 | 1 | 3.00 (3.00–3.00) |" in text
 
 
 def test_a_device_that_failed_is_not_asked_again(tmp_path):
@@ -344,14 +351,14 @@ def test_the_page_can_be_written_from_a_record_or_from_nothing(tmp_path):
     text = empty.read_text(encoding="utf-8")
     assert "Nothing is measured yet: `make bench-gpu` on a machine with an NVIDIA GPU fills this page" in text
     for entry in SUITE:
-        assert f"| {entry.model} | {entry.precision} | {entry.batch} | {NOT_MEASURED} |" in text
+        assert f"| {' | '.join(map(str, entry.key))} | {NOT_MEASURED} |" in text
     assert text.count(f"| {NOT_MEASURED} | {NOT_MEASURED} |") == len(TARGETS)
     suite_run(record, FakeClock()).run(SUITE[:1], lambda entry, on_row: on_row(measured(entry, stages={"draw": 0.001})))
     bench_gpu.main(out=tmp_path, budget=1, device="cuda", table=full, record=record)
     text = full.read_text(encoding="utf-8")
-    assert "| d16 | bf16 | 1 | 3.00 (3.00–3.00) | 3.00 | 333.3 | 2.40 |" in text
+    assert "| d16 | torch | bf16 | 1 | 3.00 (3.00–3.00) | 3.00 | 333.3 | 2.40 |" in text
     assert "- d16 bf16 batch 1: draw 1.00" in text
-    assert f"| d16 | bf16 | 64 | {NOT_MEASURED} |" in text
+    assert f"| d16 | torch | bf16 | 64 | {NOT_MEASURED} |" in text
 
 
 def test_the_page_in_the_repository_is_of_nothing_or_of_a_record_beside_it(tmp_path):
@@ -413,6 +420,38 @@ def small(monkeypatch) -> str:
     monkeypatch.setattr(random_bundle, "preset_configs", lambda name: (var, VQVAEConfig(**both, ch=32, ch_mult=(1,))))
     monkeypatch.setattr(bench_gpu, "REPEATS", 3)
     return "small"
+
+
+def test_other_engines_run_exported_bundles_and_what_is_missing_is_their_row(small, tmp_path, monkeypatch):
+    """On the host's CUDA, with ONNX Runtime's CPU provider; there is no TensorRT here."""
+    HostCuda().install(monkeypatch)
+    monkeypatch.setattr(presets, "preset_configs", random_bundle.preset_configs)
+    monkeypatch.setattr(ahead_of_time, "compiled", host_compiled)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(onnx_cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(onnx_cuda, "_require", lambda _: None)
+    monkeypatch.setattr(onnx_cuda, "_providers", lambda *_, **__: [("CPUExecutionProvider", {})])
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    made = []
+    monkeypatch.setattr(presets, "write_random_checkpoints", counted(presets.write_random_checkpoints, made))
+    entries = [
+        Entry(model=small, engine="onnx", precision="fp16", batch=2, stages=True),
+        Entry(model=small, engine="onnx", precision="fp16", batch=1),
+        Entry(model=small, engine="tensorrt", precision="fp16", batch=1),
+    ]
+    out = tmp_path / "gpu.json"
+    suite_run(out, FakeClock()).run(entries, Measurement("cuda", None))
+    first, second, third = stored(out)["rows"]
+    assert (first["engine"], first["precision"], first["device"]) == ("onnx", "fp16", "cuda:0")
+    assert "scale_02" in first["stages"]
+    assert second["device_seconds"]["median"] > 0
+    assert third["error"].startswith("EngineError: tensorrt: cannot be used")
+    assert len(made) == 1  # one bundle serves all
+
+
+def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    return lambda *arguments: calls.append(arguments) or function(*arguments)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
