@@ -192,7 +192,7 @@ class Stepwise:
     """An engine's step-by-step calls alone, so that the pipeline runs its own loop on the host."""
 
     def __init__(self, engine: TorchEngine) -> None:
-        self.name, self.precision = engine.name, engine.precision
+        self.name, self.precision, self.max_batch = engine.name, engine.precision, None
         self.begin, self.step, self.finish = engine.begin, engine.step, engine.finish
         self.decode, self.encode = engine.decode, engine.encode
 

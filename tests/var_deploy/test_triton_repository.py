@@ -136,18 +136,18 @@ def test_what_verify_notes_later_does_not_reach_a_linked_repository(tiny_copy, t
     assert Bundle.open(tmp_path / "models" / "var" / "1" / "bundle").manifest.fidelity is None
 
 
-def test_the_command_passes_every_option(tiny_bundle, tmp_path, parsed_config):
+def test_the_command_passes_every_option(tiny_copy, tmp_path, parsed_config):
     out = tmp_path / "models"
     options = ["--name", "d", "--engine", "torch", "--device", "cuda:1", "--precision", "int8", "--link"]
     options += ["--max-batch", "6", "--queue-delay", "0", "--instances", "2", "--out", str(out)]
-    result = CliRunner().invoke(app, ["triton-repo", str(tiny_bundle), *options], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["triton-repo", str(tiny_copy), *options], catch_exceptions=False)
     assert result.output == f"{out / 'd'}\n"
     asked = ServedModel(
         name="d", engine="torch", device="cuda:1", precision="int8", max_batch=6, queue_delay_us=0, instances=2
     )
     text = (out / "d" / "config.pbtxt").read_text(encoding="utf-8")
-    assert text == config_text(Bundle.open(tiny_bundle).manifest, asked)
-    assert (out / "d" / "1" / "bundle" / "bundle.json").samefile(tiny_bundle / "bundle.json")
+    assert text == config_text(Bundle.open(tiny_copy).manifest, asked)
+    assert (out / "d" / "1" / "bundle" / "bundle.json").samefile(tiny_copy / "bundle.json")
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ def _read_run(run: Path, name: str) -> tuple[RunResult, dict[str, object]]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(["configuration", *(str(part) for part in first["loc"])])
+        place = " ".join(place.split())  # a key of the file, which may hold anything
         raise DataError(f"{path}: {place}: {first['msg']}; restore it or leave the run out") from error
     except (ConfigError, OverflowError) as error:
         raise DataError(f"{path}: model: {error}; restore it or leave the run out") from error
