@@ -123,7 +123,7 @@ def test_one_plan_with_a_profile_per_scale(host, bundle, onnx, name):
     assert profiles == set(range(pipe.bundle.manifest.var.num_scales))
 
 
-@pytest.mark.parametrize("name", ["defaults", "unguided", "ends-in-zeros", "in-parts", "smooth"])
+@pytest.mark.parametrize("name", ["ends-in-zeros", "in-parts", "smooth"])
 def test_draws_on_the_host(host, bundle, onnx, name):
     pipe = load(bundle, engine="tensorrt", draw="host")
     got = pipe.generate(**REQUESTS[name])
@@ -220,7 +220,7 @@ def test_verify_holds_it_to_the_reference(bundle, tiny_pair):
 
 
 def test_requests_of_several_threads(pipe, onnx):
-    names = ["defaults", "alone", "unguided", "ends-in-zeros"] * 2
+    names = ["defaults", "alone", "unguided", "ends-in-zeros"]
     got: dict[int, Any] = {}
     threads = [
         threading.Thread(target=lambda i=i, name=name: got.update({i: pipe.generate(**REQUESTS[name])}))
