@@ -90,7 +90,10 @@ class PlanRunner:
         self._scratch = device.allocate(max(engine.device_memory_size_v2 for engine in self._engines.values()))
 
     def bound(self, graph: str, k: int | None, tensors: dict[str, Tensor]) -> Launch:
-        """A context of its own, as a captured graph refers to it; all share one scratch buffer, as none run at once."""
+        """A context of its own, never changed later, as captured graphs refer to it.
+
+        All share one scratch buffer, as none run at once.
+        """
         engine = self._engine(graph)
         with self._watched(graph):
             return self._bound(graph, k, tensors, engine)
