@@ -418,7 +418,7 @@ def test_bench_of_a_preset_makes_its_weights_and_sweeps_precisions(monkeypatch):
         (["b", "--preset", "d16"], "bench: got both, expected either a bundle directory or --preset NAME"),
         (["--preset", "d17"], "unknown preset 'd17'; known: d12, d16, d20, d24, d30, d36-s"),
         (["--preset", "d16", "--engine", "onnx"], "engine 'onnx' runs graphs from files, random weights have none"),
-        (["--preset", "d16", "--threads", "1"], "a preset runs on engine 'torch', without options threads, graphs,"),
+        (["--preset", "d16", "--threads", "1"], "a preset runs on engine 'torch', without options graphs, decoder,"),
         (["--preset", "d16", "--precision", "fp12"], "unknown precision 'fp12'; known: auto, fp32, fp16, bf16, int8"),
         (["b", "--plot", "x.jpg"], "x.jpg: unknown plot format '.jpg'; use .png, .svg, .pdf"),
     ],
