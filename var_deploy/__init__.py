@@ -8,9 +8,11 @@ Importing it loads neither torch, onnx nor an engine; `load` imports the engine 
 """
 
 from .errors import BundleError, CheckpointError, EngineError, RequestError, VarDeployError
-from .pipeline import Generation, Pipeline, Preview, load
+from .pipeline import Pipeline, load
+from .recipe import Recipe
+from .results import Generation, Preview
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "BundleError",
     "CheckpointError",
@@ -18,7 +20,9 @@ __all__ = [
     "Generation",
     "Pipeline",
     "Preview",
+    "Recipe",
     "RequestError",
     "VarDeployError",
+    "__version__",
     "load",
 ]

@@ -225,6 +225,12 @@ class Bundle:
         except SafetensorError as error:
             raise BundleError(f"{self.file(WEIGHTS)}: {error}; export the bundle again") from error
 
+    @property
+    def digest(self) -> str:
+        """sha256 of graphs and weights, by their names and digests; what verify notes in the manifest is no part."""
+        files = sorted((name, seal.sha256) for name, seal in self.manifest.files.items())
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
     def _check_files(self, verify_digests: bool) -> None:
         problems = []
         root = self.path.resolve()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import bundles, images, measure
+from .commands import bundles, evaluate, images, measure
 from .commands.console import needs
 from .errors import run_command
 
@@ -40,6 +40,8 @@ for command in (
     images.generate,
     bundles.verify,
     measure.bench,
+    evaluate.evaluate,
+    evaluate.evaluate_digits,
 ):
     app.command()(command)
 app.command(name="cache")(bundles.cache_command)

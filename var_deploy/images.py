@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .errors import RequestError
 
@@ -33,9 +33,47 @@ def pixels_from_images(images: Sequence[Image.Image] | np.ndarray, size: int) ->
         raise RequestError("images: expected a list of PIL images or one array")
     if not images:
         raise RequestError("images: got none, expected at least one")
-    upright = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
-    fitted = [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in upright]
-    return np.stack([np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255 for image in fitted])
+    squares = [fitted(upright_rgb(image), size, Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255 for image in squares])
+
+
+def picture_sizes(images: Sequence[Image.Image] | np.ndarray) -> list[tuple[int, int]] | None:
+    """(width, height) of pictures as they are seen, upright; None of an array."""
+    if not isinstance(images, Sequence):
+        return None
+    return [_upright_size(image) for image in images if isinstance(image, Image.Image)]
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def fitted(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """The middle square of a picture, resized.
+
+    Training enlarges a picture by an eighth before it cuts, which would take the border away: an edit keeps all.
+    """
+    return ImageOps.fit(image, (size, size), resampling)
+
+
+def one_frame(image: Image.Image, what: str) -> Image.Image:
+    """The picture upright, as its EXIF tag says. Raises RequestError for an animation."""
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise RequestError(f"{what}: an animation of {frames} frames, expected a still picture; save one of them")
+    return ImageOps.exif_transpose(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright: 16-bit grey keeps its high byte, what is transparent lies on white. Raises RequestError."""
+    image = one_frame(image, "images")
+    if image.mode == "F":
+        raise RequestError("images: a picture of floats, expected 8 or 16 bits; give an array in [0, 1]")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:

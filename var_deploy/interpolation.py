@@ -30,6 +30,21 @@ def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
     return matrix_OI.astype(np.float32)
 
 
+def bilinear_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """Bilinear resizing without low-pass filter, align_corners false, edges repeated: float32 [n_out, n_in].
+
+    In float32 as PyTorch does it, because the masks of an edit are compared with ½, which some weights are exactly.
+    """
+    matrix_OI = np.zeros((n_out, n_in), dtype=np.float32)
+    scale = np.float32(n_in) / np.float32(n_out)
+    centre_O = np.maximum(scale * (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), 0)
+    below_O = np.minimum(centre_O.astype(int), n_in - 1)
+    weight_O = (centre_O - below_O).astype(np.float32).clip(0, 1)
+    np.add.at(matrix_OI, (np.arange(n_out), below_O), 1 - weight_O)
+    np.add.at(matrix_OI, (np.arange(n_out), np.minimum(below_O + 1, n_in - 1)), weight_O)
+    return matrix_OI
+
+
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     """Area shrinking (mean over the cells that an output cell touches): float32 [n_out, n_in]."""
     matrix_OI = np.zeros((n_out, n_in))

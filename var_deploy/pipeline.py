@@ -1,34 +1,41 @@
-"""The decode loop: class ids → tokens, scale by scale → image. The file to read first.
+"""A bundle that is loaded: class ids → images, pictures → tokens, edits; all checked here, then run by the engine.
 
-    begin(labels) → for each scale: logits = step(codes); tokens = draw(logits); codes = codebook[tokens]
-                  → finish(codes) → decode(f_hat)
-
-Axes: B images, R rows (B, or 2B under guidance: conditioned first, then the null class), n tokens of a scale, C code
-width, V codebook entries, h side of the feature map.
-
-The torch engine runs this same loop on its own side, as one CUDA graph where there is a GPU: `engines/torch/engine.py`.
+The loop itself is in `decode_loop.py`, or on the engine's side. Axes: B images, K scales, n tokens of a scale, L
+positions of all scales, C code width, h side of the feature map, R side of an image in pixels.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 
-from . import request, sampling
+from . import decode_loop, request, schedules
 from .bundle import Bundle
+from .collaboration import check_partners
+from .editing import Mode, composited, kept_positions, region
 from .engines import DeviceLoop, Engine, EngineOptions, LoopResult, Planned, engine_for
-from .images import images_from_pixels, pixels_from_images
+from .errors import RequestError
+from .given import DRAWN, Given
+from .images import picture_sizes, pixels_from_images
 from .memory import anonymous_size
 from .memory_budget import MemoryBudget
 from .prepared import default_cache
 from .quantizer import Quantizer
+from .recipe import Recipe, check_recipes
+from .results import Generation, Preview
+from .sampling import Settings
+from .schedules import Sampling
+
+#: Pictures of any size, or one array of floats [B, 3, R, R] in [0, 1].
+Pictures = Sequence[Image.Image] | Image.Image | np.ndarray
+OnScale = Callable[[Preview], None]
 
 
 def load(
@@ -94,50 +101,6 @@ def load(
     return Pipeline(bundle, started, MemoryBudget(plan=plan, limit=memory_limit, held=held, reused=reused))
 
 
-@dataclass(frozen=True, eq=False)
-class Preview:
-    """What `on_scale` hears after scale `scale` was drawn and added to the feature map."""
-
-    scale: int
-    num_scales: int
-    tokens_Bn: np.ndarray
-    f_hat_BChh: np.ndarray
-    _engine: Engine = field(repr=False)
-    #: Position in the request of the first image that it covers: 0, but for the later parts of a batch that was split.
-    first: int = 0
-
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        """The images so far; the decoder runs when this is first read, so it costs nothing unless looked at."""
-        return images_from_pixels(self._engine.decode(self.f_hat_BChh))
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """The result of one request."""
-
-    #: Per scale, int64 [B, n_k]: the drawn tokens. With `smooth`, the image comes from mixtures of codes instead.
-    tokens: list[np.ndarray]
-    #: Seconds per stage: condition, scale_00 …, draw, finish, decode; of a CUDA graph: upload, replay, download.
-    timings: dict[str, float]
-    _pixels: Callable[[], np.ndarray] = field(repr=False)
-    _bytes_BRR3: np.ndarray | None = field(default=None, repr=False)
-    #: Runs that the batch took, one after the other, to fit in memory.
-    parts: int = 1
-
-    @cached_property
-    def pixels(self) -> np.ndarray:
-        """float32 [B, 3, R, R] in [0, 1]; fetched from a GPU when first read, pictures are a quarter."""
-        return self._pixels()
-
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        """8-bit pictures."""
-        if self._bytes_BRR3 is None:
-            return images_from_pixels(self.pixels)
-        return [Image.fromarray(image) for image in self._bytes_BRR3]
-
-
 class Pipeline:
     """A loaded bundle. Requests may run side by side from several threads."""
 
@@ -146,30 +109,36 @@ class Pipeline:
         self.bundle = bundle
         self.engine = engine
         self._budget = budget
-        self._quantizer = Quantizer(bundle)
+        self._var = bundle.manifest.var
+        self.quantizer = Quantizer(bundle)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
 
     def generate(
         self,
         labels: int | str | Sequence[int | str],
         *,
         seeds: int | Sequence[int] = 0,
-        guidance: float | Sequence[float] | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        smooth: bool = False,
-        on_scale: Callable[[Preview], None] | None = None,
+        prefix_tokens: Sequence[np.ndarray] | None = None,
+        refine: Pipeline | None = None,
+        draft_scales: int | None = None,
+        on_scale: OnScale | None = None,
+        **sampling: Unpack[Sampling],
     ) -> Generation:
         """Generates one image per label.
 
         labels: class ids or class names of the bundle. seeds: one integer (the images take s, s + 1, …) or one per
         image; in float32 and in int8 bundles an image depends on its class, seed and settings, not on the batch it came
         in, while the torch engine's lower precisions round otherwise in another batch size, which may change a token.
-        guidance: strength at the
-        last scale, growing linearly from 0 at the first as published; a sequence gives the strength of every scale;
-        0 runs half the rows, as do all scales after the last whose strength is not 0. temperature divides the mixed
-        logits. top_k, top_p: 0 turns a filter off. None takes the bundle's default. smooth: mix codes
-        instead of taking the drawn one. on_scale: called after every scale. Raises RequestError.
+        guidance: strength at the last scale, growing linearly from 0 at the first as published; a sequence gives the
+        strength of every scale; 0 runs half the rows, as do all scales after the last whose strength is not 0.
+        temperature divides the mixed logits. top_k, top_p: 0 turns a filter off. smooth: mix codes instead of taking
+        the drawn one. Each may be one value per scale. preset: published settings by name, see `schedules`.
+        on_scale: called after every scale.
+
+        prefix_tokens: tokens of the first few scales, K' arrays [B, n_k], which are taken as they are; the finer
+        scales are drawn. refine, draft_scales: collaborative decoding (arXiv 2411.17787): this model draws the first
+        scales, the other one the rest, from the same codes; both have to have the same quantiser. Raises RequestError.
 
         On a CPU a batch whose memory plan exceeds what is free (or `memory_limit`) runs in equal parts one after the
         other, with the same images; `timings` are summed, and a Preview is of one part and says which. Requests that
@@ -177,104 +146,216 @@ class Pipeline:
         """
         labels_B = request.label_ids(labels, self.bundle.manifest)
         seed_list = request.seed_list(seeds, len(labels_B))
-        settings = request.settings(self.bundle.manifest, guidance, top_k, top_p, smooth, temperature)
-        if isinstance(self.engine, DeviceLoop):
-            return self._run_on_device(self.engine, labels_B, seed_list, settings, on_scale)
+        settings = schedules.settings(self.bundle.manifest, **sampling)
+        if (refine is None) != (draft_scales is None):
+            raise RequestError("generate: refine and draft_scales belong together; give both, or neither")
+        given = None
+        if prefix_tokens is not None:
+            prefix_BL = request.prefix(prefix_tokens, len(labels_B), self.bundle.manifest.vqvae)
+            given = Given.of_tokens(prefix_BL, self.quantizer.codebook_VC)
+        if refine is None or draft_scales is None:
+            return self._request(labels_B, seed_list, settings, given, on_scale)
+        if given is not None:
+            raise RequestError("generate: prefix_tokens with refine; give the tokens to the refiner alone")
+        check_partners(self.bundle, self.quantizer, refine.bundle, refine.quantizer, draft_scales)
+        return self._refined(refine, draft_scales, labels_B, seed_list, settings, on_scale)
 
-        guided, most = settings.guided_scales > 0, self.engine.max_batch or len(labels_B)
-        sizes = [min(most, len(labels_B) - first) for first in range(0, len(labels_B), most)]
-        if self._budget is not None:
-            sizes = self._budget.chunks(len(labels_B), guided)
-        timings: dict[str, float] = {}
-        tokens: list[list[np.ndarray]] = []
-        pixels: list[np.ndarray] = []
-        for first, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
-            part = slice(first, first + size)
-            tokens_Kn, pixels_B3RR = self._run(labels_B[part], seed_list[part], settings, first, timings, on_scale)
-            tokens.append(tokens_Kn)
-            pixels.append(pixels_B3RR)
-        joined_B3RR = np.concatenate(pixels)
-        joined = [np.concatenate(scale) for scale in zip(*tokens, strict=True)]
-        return Generation(joined, timings, lambda: joined_B3RR, parts=len(sizes))
-
-    def _run_on_device(
+    def edit(
         self,
-        engine: DeviceLoop,
-        labels_B: np.ndarray,
-        seeds: list[int],
-        settings: sampling.Settings,
-        on_scale: Callable[[Preview], None] | None,
+        images: Pictures,
+        labels: int | str | Sequence[int | str] | None = None,
+        *,
+        box: Sequence[float] | None = None,
+        mask: Any | None = None,
+        mode: str = "inpaint",
+        seeds: int | Sequence[int] = 0,
+        composite: bool = False,
+        on_scale: OnScale | None = None,
+        **sampling: Unpack[Sampling],
     ) -> Generation:
-        """As many images at a time as the engine takes."""
-        most = engine.max_batch or len(labels_B)
-        done: list[LoopResult] = []
-        timings: dict[str, float] = {}
-        for first in range(0, len(labels_B), most):
-            part = slice(first, first + most)
-            listener = None if on_scale is None else partial(self._preview, on_scale, first)
-            done.append(engine.generate(labels_B[part], seeds[part], settings, listener))
-            for stage, seconds in done[-1].timings.items():
-                timings[stage] = timings.get(stage, 0.0) + seconds
-        if len(done) == 1:
-            return Generation(done[0].tokens, timings, done[0].pixels, done[0].bytes_BRR3)
-        tokens = [np.concatenate(scale) for scale in zip(*(part.tokens for part in done), strict=True)]
-        return Generation(tokens, timings, lambda: np.concatenate([part.pixels() for part in done]), parts=len(done))
+        """Redraws a part of pictures; the rest keeps its tokens (VAR paper, section 5.3, zero-shot).
 
-    def _run(
+        images: as `encode` takes them, or one picture; labels: class ids or names, None for no class; one picture, one
+        label and one seed serve for all images. box: (y0, x0, y1, x1), parts of the picture's sides from 0 to 1. mask:
+        instead of a box, one or one per picture, set where the box would be (see `editing.region`). mode: "inpaint"
+        redraws that region, "outpaint" keeps it and redraws the rest. composite: put the original's pixels back where
+        it was kept, with a seam of one token's width; else all pixels come from the decoder, which also changes those
+        that were kept, as `reconstruct` does. preset="paper-edit" are the published settings. Without a class guidance
+        has nothing to do and is left out. Raises RequestError.
+        """
+        config = self.bundle.manifest.vqvae
+        outpaint = Mode.parse(mode) is Mode.OUTPAINT
+        pictures = [images] if isinstance(images, Image.Image) else images
+        region_Bhh = region(box, mask, picture_sizes(pictures), config)
+        pixels_B3RR = pixels_from_images(pictures, config.image_size)
+        B = request.common_count(images=len(pixels_B3RR), masks=len(region_Bhh), labels=labels, seeds=seeds)
+        keep_Bhh = request.repeated(region_Bhh if outpaint else 1 - region_Bhh, B)
+        kept_BL = kept_positions(keep_Bhh, config)
+        tokens_BL = request.repeated(np.concatenate(self._tokens(pixels_B3RR), axis=1), B)
+        given = Given.of_tokens(np.where(kept_BL, tokens_BL, DRAWN), self.quantizer.codebook_VC)
+        made = self._edited(labels, seeds, given, on_scale, sampling)
+        if not composite:
+            return made
+        n, h = config.tokens_per_scale[-1], config.latent_size
+        kept_Bhh = kept_BL[:, -n:].reshape(B, h, h)
+        pixels = composited(made.pixels, request.repeated(pixels_B3RR, B), kept_Bhh)
+        recipes = tuple(replace(recipe, composite=True) for recipe in made.recipes)
+        return replace(made, _pixels=lambda: pixels, _bytes_BRR3=None, recipes=recipes)
+
+    def vary(
+        self,
+        images: Pictures,
+        labels: int | str | Sequence[int | str] | None = None,
+        *,
+        from_scale: int,
+        seeds: int | Sequence[int] = 0,
+        on_scale: OnScale | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Generation:
+        """Keeps the coarse scales of pictures and redraws scale `from_scale` and all finer ones.
+
+        from_scale: from 1 to K − 1, counted from 0 at the coarsest. One picture, one label and one seed serve for all
+        images; labels: None for no class. Raises RequestError.
+        """
+        var = self.bundle.manifest.var
+        if not request.is_integer(from_scale) or not 1 <= from_scale < var.num_scales:
+            raise RequestError(f"from_scale: got {from_scale!r}, expected a scale from 1 to {var.num_scales - 1}")
+        tokens = self.encode([images] if isinstance(images, Image.Image) else images)
+        B = request.common_count(images=len(tokens[0]), labels=labels, seeds=seeds)
+        tokens_BL = request.repeated(np.concatenate(tokens, axis=1), B)
+        tokens_BL[:, var.span(from_scale)[0] :] = DRAWN
+        given = Given.of_tokens(tokens_BL, self.quantizer.codebook_VC)
+        return self._edited(labels, seeds, given, on_scale, sampling)
+
+    def remake(self, recipes: Sequence[Recipe], *, refine: Pipeline | None = None) -> Generation:
+        """The images of recipes again, which must have the same settings; refine: the refiner, where they had one.
+
+        The same to the bit with the same engine, precision and library versions, in float32 with any batch; other
+        engines round otherwise, which may change a token. Raises RequestError.
+        """
+        check_recipes(recipes, self.bundle, None if refine is None else refine.bundle)
+        first = recipes[0]
+        labels_B = np.array([recipe.label for recipe in recipes], dtype=np.int64)
+        seeds = [recipe.seed for recipe in recipes]
+        if refine is not None and first.draft_scales is not None:
+            return self._refined(refine, first.draft_scales, labels_B, seeds, first.settings, None)
+        given = None
+        if first.given is not None:
+            tokens_BL = np.array([recipe.given for recipe in recipes], dtype=np.int64)
+            given = Given.of_tokens(tokens_BL, self.quantizer.codebook_VC)
+        return self._request(labels_B, seeds, first.settings, given, None)
+
+    # ---- how they run ------------------------------------------------------------------------------------------------
+
+    def _edited(
+        self,
+        labels: int | str | Sequence[int | str] | None,
+        seeds: int | Sequence[int],
+        given: Given,
+        on_scale: OnScale | None,
+        sampling: Sampling,
+    ) -> Generation:
+        B, manifest = len(given.tokens_BL), self.bundle.manifest
+        settings = schedules.settings(manifest, **sampling)
+        if labels is None:  # both kinds of rows would be of the null class: guidance changes nothing
+            labels_B = np.full(B, manifest.var.null_class, dtype=np.int64)
+            settings = replace(settings, strengths=(0.0,) * manifest.var.num_scales)
+        else:
+            labels_B = request.repeated(request.label_ids(labels, manifest), B)
+        seed_list = request.seed_list(seeds, B)
+        return self._request(labels_B, seed_list, settings, given, on_scale)
+
+    def _request(
         self,
         labels_B: np.ndarray,
         seeds: list[int],
-        settings: sampling.Settings,
-        first: int,
-        timings: dict[str, float],
-        on_scale: Callable[[Preview], None] | None,
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """The loop for images that run at the same time: tokens by scale, and pixels [B, 3, R, R].
+        settings: Settings,
+        given: Given | None,
+        on_scale: OnScale | None,
+    ) -> Generation:
+        """A checked request, in as many parts as it takes."""
+        done: list[LoopResult] = []
+        for part in self._parts(len(labels_B), settings):
+            given_part = None if given is None else given.part(part)
+            listener = None if on_scale is None else partial(self._preview, on_scale, part.start)
+            asked = labels_B[part], seeds[part], settings, listener, given_part
+            if isinstance(self.engine, DeviceLoop):
+                done.append(self.engine.generate(*asked))
+            else:
+                done.append(decode_loop.generate(self.engine, self._var, self.quantizer, *asked, first=part.start))
+        timings: dict[str, float] = {}
+        for stage, seconds in (pair for part in done for pair in part.timings.items()):
+            timings[stage] = timings.get(stage, 0.0) + seconds
+        if len(done) == 1:
+            tokens, pixels, bytes_BRR3 = done[0].tokens, done[0].pixels, done[0].bytes_BRR3
+        else:
+            tokens = [np.concatenate(scale) for scale in zip(*(part.tokens for part in done), strict=True)]
+            pixels, bytes_BRR3 = (lambda: np.concatenate([part.pixels() for part in done])), None
+        recipes = (
+            Recipe(
+                bundle=self.bundle.digest,
+                label=int(label),
+                seed=seed,
+                settings=settings,
+                engine=self.engine.name,
+                precision=str(self.engine.precision),
+                given=None if given is None else tuple(given.tokens_BL[index].tolist()),
+            )
+            for index, (label, seed) in enumerate(zip(labels_B, seeds, strict=True))
+        )
+        return Generation(tokens, timings, pixels, bytes_BRR3, parts=len(done), recipes=tuple(recipes))
 
-        first: position in the request of the first of them. Seconds are added to `timings`.
-        """
-        config, codebook_VC, B = self.bundle.manifest.var, self._quantizer.codebook_VC, len(labels_B)
-        rows_R = np.append(labels_B, np.full(B, config.null_class)) if settings.guided_scales else labels_B
-        tokens: list[np.ndarray] = []
-        codes_BnC: np.ndarray | None = None
+    def _refined(
+        self,
+        refiner: Pipeline,
+        scales: int,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        on_scale: OnScale | None,
+    ) -> Generation:
+        """The first scales by this model, the rest by the other."""
+        began = time.perf_counter()
+        draft = self._draft(labels_B, seeds, settings, scales)
+        seconds = time.perf_counter() - began
+        made = refiner._request(labels_B, seeds, settings, draft, on_scale)
+        recipes = (
+            replace(recipe, bundle=self.bundle.digest, refiner=refiner.bundle.digest, draft_scales=scales, given=None)
+            for recipe in made.recipes
+        )
+        return replace(made, timings={"draft": seconds} | made.timings, recipes=tuple(recipes))
 
-        def report(f_hat_RChh: Callable[[], np.ndarray]) -> None:  # which may have to come from a GPU
-            if on_scale is not None and tokens:
-                self._preview(on_scale, first, len(tokens) - 1, tokens[-1], f_hat_RChh()[:B].copy())
+    def _draft(self, labels_B: np.ndarray, seeds: list[int], settings: Settings, scales: int) -> Given:
+        """Tokens and codes of the first scales."""
+        parts: list[Given] = []
+        for part in self._parts(len(labels_B), settings):
+            asked = labels_B[part], seeds[part], settings, scales
+            if isinstance(self.engine, DeviceLoop):
+                parts.append(self.engine.draft(*asked))
+            else:
+                parts.append(decode_loop.draft(self.engine, self._var, self.quantizer, *asked, first=part.start))
+        return Given.joined(parts)
 
-        with _timed(timings, "condition"):
-            state = self.engine.begin(rows_R)
-        for k in range(config.num_scales):
-            with _timed(timings, f"scale_{k:02d}"):
-                codes_RnC = codes_BnC
-                if codes_BnC is not None and k < settings.guided_scales:
-                    codes_RnC = np.concatenate([codes_BnC, codes_BnC])
-                logits_RnV = self.engine.step(state, k, codes_RnC)
-            report(partial(getattr, state, "f_hat_RChh"))  # f_hat now holds the scale before this one
-            with _timed(timings, "draw"):
-                begin = config.span(k)[0]
-                drawn = sampling.draw_scale(logits_RnV, k, begin, seeds, settings, codebook_VC, first_image=first)
-                tokens_Bn, codes_BnC = drawn
-            del logits_RnV  # before the next scale's are allocated
-            tokens.append(tokens_Bn)
-        assert codes_BnC is not None  # there are at least two scales
-        with _timed(timings, "finish"):
-            f_hat_BChh = self.engine.finish(state, codes_BnC)
-        del state  # the caches, before the decoder takes as much again
-        report(lambda: f_hat_BChh)
-        with _timed(timings, "decode"):
-            pixels_B3RR = self.engine.decode(f_hat_BChh)
-        return tokens, pixels_B3RR
+    def _parts(self, B: int, settings: Settings) -> list[slice]:
+        """Images that run at the same time: as many as the engine takes, and as fit in memory."""
+        most = self.engine.max_batch or B
+        sizes = [min(most, B - first) for first in range(0, B, most)]
+        if self._budget is not None:
+            sizes = self._budget.chunks(B, settings.guided_scales > 0)
+        ends = np.cumsum(sizes).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
     def _preview(
         self,
-        on_scale: Callable[[Preview], None],
+        on_scale: OnScale,
         first: int,
         k: int,
         tokens_Bn: np.ndarray,
         f_hat_BChh: np.ndarray,
     ) -> None:
-        on_scale(Preview(k, self.bundle.manifest.var.num_scales, tokens_Bn, f_hat_BChh, self.engine, first))
+        on_scale(Preview(k, self._var.num_scales, tokens_Bn, f_hat_BChh, self.engine, first))
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Sequence[Image.Image] | np.ndarray) -> list[np.ndarray]:
         """Token pyramid of images: K arrays int64 [B, n_k].
@@ -282,21 +363,16 @@ class Pipeline:
         Pictures of any size are scaled and centre-cropped; an array is float [B, 3, R, R] in [0, 1]. Raises
         RequestError.
         """
-        pixels = pixels_from_images(images, self.bundle.manifest.vqvae.image_size)
-        return self._quantizer.tokens_from_features(self.engine.encode(pixels))
+        return self._tokens(pixels_from_images(images, self.bundle.manifest.vqvae.image_size))
+
+    def _tokens(self, pixels_B3RR: np.ndarray) -> list[np.ndarray]:
+        return self.quantizer.tokens_from_features(self.engine.encode(pixels_B3RR))
 
     def decode(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """Pixels [B, 3, R, R] in [0, 1] of a token pyramid (all scales, or the first few). Raises RequestError."""
         checked = request.token_pyramid(tokens, self.bundle.manifest.vqvae)
-        return self.engine.decode(self._quantizer.features_from_tokens(checked))
+        return self.engine.decode(self.quantizer.features_from_tokens(checked))
 
     def reconstruct(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
         """What `encode` takes, through all scales of the quantiser and the decoder: pixels [B, 3, R, R] in [0, 1]."""
         return self.decode(self.encode(images))
-
-
-@contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - begin

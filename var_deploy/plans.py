@@ -96,12 +96,6 @@ def plans_directory(
     return bundle.path / "plans" / gpu.directory(version) / f"{kind}-{batch}".replace(":", "-")
 
 
-def bundle_digest(bundle: Bundle) -> str:
-    """Of everything that plans are made from: graphs and weights, but not what verify notes in the manifest."""
-    files = sorted((name, seal.sha256) for name, seal in bundle.manifest.files.items())
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
 def weight_copies(layout: Layout, num_scales: int) -> int:
     """How often the transformer's weights lie in GPU memory."""
     return num_scales if layout is Layout.PER_SCALE else 1
@@ -201,7 +195,7 @@ def _plan_set(bundle: Bundle, directory: Path) -> PlanSet:
         made_from = record["bundle"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, VarDeployError) as error:
         raise EngineError(f"{path}: damaged ({error}); {_build(bundle.path)}") from error
-    if made_from != bundle_digest(bundle):
+    if made_from != bundle.digest:
         raise EngineError(f"{directory}: built from another export of this bundle; {_build(bundle.path)}")
     if missing := [name for name in plan_names(bundle.manifest.var.num_scales, layout) if name not in seals]:
         raise EngineError(f"{directory}: not finished, {', '.join(missing)} missing; {_build(bundle.path)}")

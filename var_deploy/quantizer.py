@@ -25,6 +25,17 @@ class Quantizer:
         self._phi_weight_PCC33 = _weight(bundle, "quantize.phi.weight", P * C, C, 3, 3).reshape(P, C, C, 3, 3)
         self._phi_bias_PC = _weight(bundle, "quantize.phi.bias", P * C).reshape(P, C)
 
+    def difference(self, other: Quantizer) -> str | None:
+        """What makes the same tokens mean something else there; None: nothing does."""
+        for what, ours, theirs in (
+            ("codebooks", self.codebook_VC, other.codebook_VC),
+            ("φ convolutions", self._phi_weight_PCC33, other._phi_weight_PCC33),
+            ("φ biases", self._phi_bias_PC, other._phi_bias_PC),
+        ):
+            if not np.array_equal(ours, theirs):
+                return what
+        return None
+
     def features_from_tokens(self, tokens: list[np.ndarray]) -> np.ndarray:
         """f_hat [B, C, h, h] of the given scales (all, or the first few), each int64 [B, n_k]."""
         with single_threaded():

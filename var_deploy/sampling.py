@@ -18,14 +18,28 @@ from .products import single_threaded
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How one request draws; checked by the pipeline."""
+    """How one request draws, one value per scale; checked where a request enters."""
 
-    #: Guidance strength t of every scale: logits = (1 + t)·conditioned − t·null. All zero: no null rows are run.
+    #: Guidance strength t: logits = (1 + t)·conditioned − t·null. All zero: no null rows are run.
     strengths: tuple[float, ...]
-    temperature: float = 1.0  #: divides the mixed logits
-    top_k: int  #: keep the k largest; 0 is off
-    top_p: float  #: then keep the largest whose probabilities reach p; 0 or 1 is off
-    smooth: bool  #: mix codes by Gumbel-softmax instead of taking the drawn one
+    temperatures: tuple[float, ...]  #: divide the mixed logits
+    top_ks: tuple[int, ...]  #: keep the k largest; 0 is off
+    top_ps: tuple[float, ...]  #: then keep the largest whose probabilities reach p; 0 or 1 is off
+    smooths: tuple[bool, ...]  #: mix codes by Gumbel-softmax instead of taking the drawn one
+
+    @classmethod
+    def constant(
+        cls, strengths: tuple[float, ...], *, top_k: int, top_p: float, temperature: float = 1.0, smooth: bool = False
+    ) -> Settings:
+        """The same at every scale, but for the strengths."""
+        K = len(strengths)
+        return cls(
+            strengths=strengths,
+            temperatures=(temperature,) * K,
+            top_ks=(top_k,) * K,
+            top_ps=(top_p,) * K,
+            smooths=(smooth,) * K,
+        )
 
     @property
     def guided_scales(self) -> int:
@@ -34,6 +48,11 @@ class Settings:
         A strength of 0 before that does not end them: their keys and values are read by the scales after.
         """
         return max((k + 1 for k, t in enumerate(self.strengths) if t != 0), default=0)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether codes are mixed at any scale."""
+        return any(self.smooths)
 
 
 def draw_scale(
@@ -54,7 +73,7 @@ def draw_scale(
     B, n, V = len(seeds), logits_RnV.shape[1], logits_RnV.shape[2]
     tokens_Bn = np.empty((B, n), dtype=np.int64)
     codes_BnC = np.empty((B, n, codebook_VC.shape[1]), dtype=np.float32)
-    t, temperature = np.float32(settings.strengths[k]), np.float32(settings.temperature)
+    t, temperature = np.float32(settings.strengths[k]), np.float32(settings.temperatures[k])
     for image, seed in enumerate(seeds):  # image by image: the same arithmetic in any batch
         logits_nV = logits_RnV[image]
         if len(logits_RnV) > B:
@@ -62,9 +81,9 @@ def draw_scale(
         logits_nV = logits_nV / temperature
         if not np.isfinite(logits_nV).all():
             raise invalid_logits(k, first_image + image)
-        kept_nV = logits_nV >= kept_threshold(logits_nV, settings.top_k, settings.top_p)
+        kept_nV = logits_nV >= kept_threshold(logits_nV, settings.top_ks[k], settings.top_ps[k])
         tokens_Bn[image] = invert_cdf(logits_nV, kept_nV, philox.uniforms(seed, begin, begin + n))
-        if settings.smooth:
+        if settings.smooths[k]:
             ratio = k / (len(settings.strengths) - 1)
             gumbel_nV = philox.gumbels(seed, begin, begin + n, V)
             codes_BnC[image] = smooth_codes(logits_nV, kept_nV, gumbel_nV, ratio, codebook_VC)

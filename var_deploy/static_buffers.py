@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from .config import HEAD_DIM, VARConfig, VQVAEConfig
+from .given import DRAWN, Given
 from .precision import Precision
 from .sampling import Settings
 from .signature import TensorSpec
@@ -58,9 +59,9 @@ def input_specs(var: VARConfig, batch: int, rows: int) -> list[TensorSpec]:
         TensorSpec("labels_R", "int64", (rows,)),
         TensorSpec("seeds_B", "int64", (batch,)),
         TensorSpec("strength_KB", "float32", (var.num_scales, batch)),
-        TensorSpec("temperature_B", "float32", (batch,)),
-        TensorSpec("top_k_B", "int32", (batch,)),
-        TensorSpec("top_p_B", "float32", (batch,)),
+        TensorSpec("temperature_KB", "float32", (var.num_scales, batch)),
+        TensorSpec("top_k_KB", "int32", (var.num_scales, batch)),
+        TensorSpec("top_p_KB", "float32", (var.num_scales, batch)),
     ]
 
 
@@ -81,10 +82,26 @@ def fill_request(
     host["labels_R"][batch:] = var.null_class  # none, where there are no null rows
     host["seeds_B"][:B] = np.array(seeds, dtype=np.uint64).view(np.int64)
     host["strength_KB"][:] = np.array(settings.strengths, dtype=np.float32)[:, None]
-    host["temperature_B"][:] = settings.temperature
-    host["top_k_B"][:] = 1
-    host["top_k_B"][:B] = min(settings.top_k, var.vocab_size)
-    host["top_p_B"][:] = settings.top_p
+    host["temperature_KB"][:] = np.array(settings.temperatures, dtype=np.float32)[:, None]
+    host["top_k_KB"][:] = 1
+    host["top_k_KB"][:, :B] = np.array([min(top_k, var.vocab_size) for top_k in settings.top_ks])[:, None]
+    host["top_p_KB"][:] = np.array(settings.top_ps, dtype=np.float32)[:, None]
+
+
+def given_specs(var: VARConfig, batch: int) -> list[TensorSpec]:
+    """Tokens that are not drawn (−1 elsewhere) and their codes; only where a request has such."""
+    L = var.num_tokens
+    return [
+        TensorSpec("tokens_BL", "int64", (batch, L)),
+        TensorSpec("codes_BLC", "float32", (batch, L, var.z_channels)),
+    ]
+
+
+def fill_given(host: Mapping[str, np.ndarray], given: Given) -> None:
+    """Writes given tokens into the host's side of `given_specs`; images beyond them are drawn."""
+    B = len(given.tokens_BL)
+    host["tokens_BL"][:B], host["tokens_BL"][B:] = given.tokens_BL, DRAWN
+    host["codes_BLC"][:B] = given.codes_BLC
 
 
 def output_specs(var: VARConfig, batch: int) -> list[TensorSpec]:
@@ -111,7 +128,7 @@ def work_specs(var: VARConfig, batch: int, rows: int, precision: Precision, smoo
         TensorSpec("hidden_MF", act, (M, F)),
         TensorSpec("branch_MD", act, (M, D)),
         TensorSpec("logits_MV", "float32", (M, var.vocab_size)),
-        TensorSpec("codes_BnC", "float32", (batch, n, C)),
+        *(TensorSpec(f"codes_BnC.{k}", "float32", (batch, n_k, C)) for k, n_k in enumerate(var.tokens_per_scale)),
         TensorSpec("f_hat_2BlC", "float32", (2, batch, cells, C)),
     ]
     if precision is Precision.FP8:

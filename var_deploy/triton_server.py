@@ -22,8 +22,9 @@ import numpy as np
 from .bundle import Bundle, Manifest
 from .errors import BundleError, EngineError, RequestError, VarDeployError
 from .pipeline import load
-from .request import label_ids, settings
+from .request import label_ids
 from .sampling import Settings
+from .schedules import options_of, settings
 from .static_buffers import BUCKETS
 
 log = logging.getLogger("var_deploy")
@@ -68,6 +69,9 @@ INPUTS = (
     ServerTensor(name="top_p", dtype="float32", optional=True),
     ServerTensor(name="smooth", dtype="bool", optional=True),
 )
+
+#: Optional inputs, which are the sampling settings of an image.
+SAMPLING = tuple(spec.name for spec in INPUTS if spec.optional)
 
 
 def outputs_of(manifest: Manifest) -> tuple[ServerTensor, ...]:
@@ -119,14 +123,7 @@ def wanted_images(request: int, inputs: Mapping[str, np.ndarray], manifest: Mani
             row=row,
             label=int(labels_B[row]),
             seed=given["seed"],
-            settings=settings(
-                manifest,
-                given.get("guidance"),
-                given.get("top_k"),
-                given.get("top_p"),
-                given.get("smooth", False),
-                given.get("temperature", 1.0),
-            ),
+            settings=settings(manifest, **{name: given.get(name) for name in SAMPLING}),
         )
         for row, given in enumerate(rows)
     ]
@@ -219,11 +216,7 @@ class TritonPythonModel:
         done = self.pipe.generate(
             [image.label for image in images],
             seeds=[image.seed for image in images],
-            guidance=shared.strengths,
-            temperature=shared.temperature,
-            top_k=shared.top_k,
-            top_p=shared.top_p,
-            smooth=shared.smooth,
+            **options_of(shared),
         )
         tokens_BL = np.concatenate(done.tokens, axis=1)
         pictures = map(np.asarray, done.images)

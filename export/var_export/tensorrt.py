@@ -30,7 +30,6 @@ from var_deploy.plans import (
     RECORD,
     Batch,
     Layout,
-    bundle_digest,
     memory_needed,
     plans_directory,
     weight_copies,
@@ -135,7 +134,7 @@ class _Record:
     ) -> None:
         self._directory, self._path = directory, directory / RECORD
         self._made_from = {
-            "bundle": bundle_digest(bundle),
+            "bundle": bundle.digest,
             "precision": str(bundle.manifest.precision),
             "batch": str(batch),
             "layout": str(layout),

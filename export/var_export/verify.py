@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 import var_deploy
-from var_deploy import request
 from var_deploy.bundle import Bundle, note_fidelity
 from var_deploy.engines import DeviceLoop
 from var_deploy.engines.choice import ENGINES
 from var_deploy.errors import CheckpointError, RequestError
 from var_deploy.pipeline import Pipeline
-from var_deploy.request import MAX_GUIDANCE
+from var_deploy.schedules import MAX_GUIDANCE
+from var_deploy.schedules import settings as settings_of
 from var_train import Generation, generate
 from var_train.checkpoint import load_pair
 
@@ -283,7 +283,7 @@ def _compare_loop(
     """Whole images as `generate` makes them, draws and all, checked by the steps of the same engine."""
     config, steps = pipe.bundle.manifest.var, pipe.engine
     codebook_VC = pipe.bundle.weight("quantize.embedding.weight")
-    settings = request.settings(pipe.bundle.manifest, guidance, 1, 0, False)
+    settings = settings_of(pipe.bundle.manifest, guidance=guidance, top_k=1, top_p=0, smooth=False)
     done = engine.generate(np.array(labels), [0] * len(labels), settings, None)
     copies = 2 if guidance else 1
     best, clear = 0, 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import draw, mix_codes, uniforms
+from . import draw, keep_given, mix_codes, uniforms
 from .launch import OPTIONS, Launch, recording
 from .resource_cases import POINTERS
 
@@ -132,8 +132,8 @@ def without_spare_pointers(kernel: Compiled) -> str:
 def draw_kernels(vocab_size: int, code_width: int, num_tokens: int, capability: int) -> dict[str, Compiled]:
     """All kernels that turn logits into codes, by name: for any batch, scale and settings.
 
-    Tensors begin at multiples of 16 bytes but for what is one scale's part of a larger one: `uniforms_ptr`,
-    `tokens_ptr`, `strength_ptr` and `invalid_ptr`.
+    Tensors begin at multiples of 16 bytes but for what is one scale's part of a larger one: uniforms, tokens, what is
+    given, settings and `invalid_ptr`.
     """
 
     def t(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,10 +169,18 @@ def draw_kernels(vocab_size: int, code_width: int, num_tokens: int, capability: 
                     smooth_weights_out_BnV=t(B, n, V) if smooth else None,
                     seeds_B=seeds_B,
                 )
-            aligned = ["logits_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "codebook_ptr", "codes_ptr"]
+            aligned = ["logits_ptr", "codebook_ptr", "codes_ptr"]
             name = f"draw{'_guided' if guided else ''}{'_smooth' if smooth else ''}"
             add(name, launches, *aligned, *(["smooth_ptr", "seeds_ptr"] if smooth else []))
     with recording() as launches:
         mix_codes.mix_codes(t(B, n, V), codebook_VC, codes_out_BnC=codes_BnC)
     add("mix_codes", launches, "weights_ptr", "codebook_ptr", "codes_ptr")
+    with recording() as launches:
+        keep_given.keep_given(
+            t(B, L, dtype=torch.int64)[:, :n],
+            t(B, L, C)[:, :n],
+            tokens_out_Bn=t(B, L, dtype=torch.int64)[:, :n],
+            codes_out_BnC=codes_BnC,
+        )
+    add("keep_given", launches, "codes_ptr")
     return found

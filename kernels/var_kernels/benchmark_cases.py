@@ -78,6 +78,7 @@ def _cases_of(
         yield draw(B=batch, n=n, V=V, C=C, variant="unguided")
         yield draw(B=batch, n=n, V=V, C=C, variant="smooth", begin=begin, ratio=k / (len(scales) - 1))
         yield mix_codes(B=batch, n=n, V=V, C=C)
+        yield keep_given(B=batch, n=n, V=V, C=C)
     if unused:
         yield linear(M=M, K=D, N=4 * D, variant="gelu", dtype=dtype)
         yield linear(M=M, K=D, N=3 * D, variant="", dtype=dtype)
@@ -293,6 +294,23 @@ def mix_codes(*, B: int, n: int, V: int, C: int) -> Case:
     traffic, flops = 4 * B * n * V + 4 * V * C + 4 * B * n * C, 2 * B * n * V * C
     shape = {"B": B, "n": n, "V": V}
     return Case(operation="mix_codes", shape=shape, dtype=FP32, bytes=traffic, flops=flops, build=build)
+
+
+def keep_given(*, B: int, n: int, V: int, C: int) -> Case:
+    def build(new: Inputs) -> Setup:
+        given_Bn, given_BnC = new.seeds(B * n).view(B, n) % V, new.normal(B, n, C)  # everywhere: the most to copy
+        tokens_Bn, codes_BnC = new.unwritten(B, n, dtype=torch.int64), new.unwritten(B, n, C)
+
+        def ours(op: Callable[..., Any]) -> Results:
+            op(given_Bn, given_BnC, tokens_out_Bn=tokens_Bn, codes_out_BnC=codes_BnC)
+            return tokens_Bn, codes_BnC
+
+        arguments = given_Bn, given_BnC, tokens_Bn.clone(), codes_BnC.clone()
+        return Setup(ours=ours, eager=eager.keep_given, arguments=arguments)
+
+    traffic = 2 * (8 + 4 * C) * B * n
+    shape = {"B": B, "n": n, "C": C}
+    return Case(operation="keep_given", shape=shape, dtype=FP32, bytes=traffic, build=build)
 
 
 def next_scale(*, B: int, p: int, q: int, h: int, C: int, D: int) -> Case:

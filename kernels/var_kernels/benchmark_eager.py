@@ -85,6 +85,11 @@ def draw(
     return tokens_Bn, codebook_VC[tokens_Bn], scores_BnV.softmax(-1)
 
 
+def keep_given(given_Bn: Tensor, given_BnC: Tensor, tokens_Bn: Tensor, codes_BnC: Tensor) -> Results:
+    kept_Bn = given_Bn >= 0
+    return torch.where(kept_Bn, given_Bn, tokens_Bn), torch.where(kept_Bn.unsqueeze(-1), given_BnC, codes_BnC)
+
+
 def mix_codes(weights_BnV: Tensor, codebook_VC: Tensor) -> Results:
     return (weights_BnV @ codebook_VC,)
 

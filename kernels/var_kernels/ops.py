@@ -23,6 +23,7 @@ class Ops:
     cached_attention: Callable[..., Tensor]
     draw: Callable[..., None]
     groupnorm_silu: Callable[..., Tensor]
+    keep_given: Callable[..., None]
     linear: Callable[..., Tensor]
     mix_codes: Callable[..., None]
     next_scale: Callable[..., None]

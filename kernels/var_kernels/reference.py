@@ -182,6 +182,19 @@ def draw(
         smooth_weights_out_BnV.copy_(scores_BnV.masked_fill(~kept_BnV, -math.inf).softmax(-1))
 
 
+def keep_given(
+    given_tokens_Bn: Tensor,  # int64, negative where none is given
+    given_codes_BnC: Tensor,  # float32, anything where none is given
+    *,
+    tokens_out_Bn: Tensor,  # int64
+    codes_out_BnC: Tensor,  # float32
+) -> None:
+    """Where a token is given, it and its code take the place of those that are there; the rest stays."""
+    given_Bn = given_tokens_Bn >= 0
+    tokens_out_Bn.copy_(torch.where(given_Bn, given_tokens_Bn, tokens_out_Bn))
+    codes_out_BnC.copy_(torch.where(given_Bn.unsqueeze(-1), given_codes_BnC, codes_out_BnC))
+
+
 def mix_codes(
     weights_BnV: Tensor,  # float32, of `draw`
     codebook_VC: Tensor,  # float32

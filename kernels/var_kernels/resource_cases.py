@@ -72,6 +72,17 @@ def _draw(side: int, *, guided: bool = True, smooth: bool = False) -> Arguments:
     }
 
 
+def _keep_given(side: int) -> Arguments:
+    n, L, begin = side**2, positions(SCALES_256), _begin(SCALES_256, side)
+    given_BL, tokens_BL = _t(2, L, dtype=torch.int64), _t(2, L, dtype=torch.int64)
+    return {
+        "given_tokens_Bn": given_BL[:, begin : begin + n],  # slices, as in the engine
+        "given_codes_BnC": _t(2, L, C)[:, begin : begin + n],
+        "tokens_out_Bn": tokens_BL[:, begin : begin + n],
+        "codes_out_BnC": _t(2, n, C),
+    }
+
+
 def _mix_codes(side: int) -> Arguments:
     n = side**2
     return {"weights_BnV": _t(2, n, V), "codebook_VC": _t(V, C), "codes_out_BnC": _t(2, n, C)}
@@ -182,6 +193,7 @@ CASES = (
     *(_case(_groupnorm_silu, 256, dtype, C=160, branch=True, bias=True, quick=True) for dtype in (FP16, FP32)),
     *(_case(_groupnorm_silu, 256, dtype, C=160) for dtype in (BF16, FP32)),
     _case(_groupnorm_silu, 1, BF16, C=64, branch=True, bias=True, quick=True),  # Triton makes sizes of 1 constants
+    _case(_keep_given, 16, quick=True),
     *(_case(_linear, "d16", side, BF16, layer=layer) for side in (1, 6, 16) for layer in LAYERS),
     *(_case(_linear, "d30", side, BF16, layer=layer) for side in (1, 16) for layer in LAYERS),
     *(_case(_linear, "d36-s", 32, BF16, layer=layer) for layer in LAYERS),

@@ -58,7 +58,7 @@ def compiled():
 
 
 def test_every_kernel_of_the_draw_assembles_with_its_own_arguments_alone(compiled):
-    names = {"uniforms", "draw", "draw_guided", "draw_smooth", "draw_guided_smooth", "mix_codes"}
+    names = {"uniforms", "draw", "draw_guided", "draw_smooth", "draw_guided_smooth", "mix_codes", "keep_given"}
     assert compiled.keys() == {f"{name} {capability}" for name in names for capability in (80, 90, 100)}
     for name, kernel in compiled.items():
         count = len(kernel["arguments"])

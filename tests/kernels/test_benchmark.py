@@ -61,6 +61,7 @@ def tiny_cases(dtype=torch.float32):
         benchmark_cases.linear(M=12, K=48, N=20, variant="head", dtype=dtype),
         benchmark_cases.linear(M=2, K=48, N=40, variant="modulation", dtype=dtype),
         benchmark_cases.mix_codes(B=2, n=3, V=1000, C=8),
+        benchmark_cases.keep_given(B=2, n=3, V=1000, C=8),
         benchmark_cases.next_scale(B=2, p=2, q=3, h=5, C=8, D=64),
         benchmark_cases.quantize_rows(M=7, K=48, dtype=dtype),
         benchmark_cases.to_pixels(B=2, side=6, dtype=dtype),
@@ -199,6 +200,7 @@ def test_the_published_sizes_are_all_there_once_and_the_telling_ones_first():
         "draw unguided B=1 n=256 V=4096",
         "draw smooth B=64 n=256 V=4096",
         "mix_codes B=64 n=256 V=4096",
+        "keep_given B=64 n=256 C=32",
     } <= set(names)
     quick = list(benchmark_cases.quick_cases(torch.bfloat16))
     assert {(case.operation, case.variant) for case in quick} == {(case.operation, case.variant) for case in every}
@@ -248,6 +250,7 @@ def wrong(operation, spoil):
         ("draw", lambda a, n: n["tokens_out_Bn"][0, 1].add_(1), "result 0: 12.50% differ from the reference"),
         ("draw", lambda a, n: n["codes_out_BnC"][0, 1].add_(1), "result 1: 12.50% differ"),
         ("draw", lambda a, n: n["invalid_out_B"].fill_(1), "result 2: 100.00% differ"),
+        ("keep_given", lambda a, n: n["codes_out_BnC"][1].zero_(), "result 1: relative error"),
         ("mix_codes", lambda a, n: n["codes_out_BnC"][1].zero_(), "result 0: relative error"),
         ("quantize_rows", lambda a, n: n["scale_out_M1"].mul_(2), "result 0: relative error 1.0e\\+00"),
         ("next_scale", lambda a, n: n["x_out_RmD"][2:].zero_(), "result 1: relative error"),

@@ -47,9 +47,8 @@ def test_draw_equals_the_runtimes_token_for_token(V, k, top_k, top_p, strength, 
     if ties:
         logits_RnV = logits_RnV.round()
     codebook_VC = torch.randn(V, C, generator=generator)
-    runtime = Settings(
-        strengths=(strength, strength, strength), temperature=temperature, top_k=top_k, top_p=top_p, smooth=smooth
-    )
+    strengths = (strength, strength, strength)
+    runtime = Settings.constant(strengths, temperature=temperature, top_k=top_k, top_p=top_p, smooth=smooth)
     expected_Bn, expected_BnC = draw_scale(logits_RnV.numpy(), k, begin, SEEDS, runtime, codebook_VC.numpy())
     tokens_Bn, codes_BnC, weights_BnV = torch.zeros(B, n).long(), torch.zeros(B, n, C), torch.zeros(B, n, V)
     invalid_B = torch.zeros(B, dtype=torch.int32)

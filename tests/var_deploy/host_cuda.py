@@ -256,7 +256,12 @@ class HostCuda:
         for name, kind in kernel["arguments"]:
             assert kind != "pointer" or self.is_device(arguments[name]), name
             assert name not in kernel["aligned"] or arguments[name] % 16 == 0, name
-        run = {"_uniforms_kernel": _uniforms, "_draw_kernel": _draw, "_mix_codes_kernel": _mix_codes}[kernel["entry"]]
+        run = {
+            "_uniforms_kernel": _uniforms,
+            "_draw_kernel": _draw,
+            "_mix_codes_kernel": _mix_codes,
+            "_keep_given_kernel": _keep_given,
+        }[kernel["entry"]]
 
         def work() -> None:
             self.launches.append(kernel["entry"])
@@ -349,6 +354,17 @@ def _draw(constants: dict[str, Any], a: dict[str, Any], n: int, B: int) -> None:
         seeds_B=_tensor(a["seeds_ptr"], "int64", B) if smooth else None,
         begin=a["begin"],
         ratio=ratio,
+    )
+
+
+def _keep_given(constants: dict[str, Any], a: dict[str, Any], blocks: int, B: int) -> None:
+    n, C, block = a["n"], constants["C"], constants["BLOCK_N"]
+    assert (blocks - 1) * block < n <= blocks * block
+    reference.keep_given(
+        _tensor(a["given_tokens_ptr"], "int64", B, n, strides=(a["given_tokens_stride"], 1)),
+        _tensor(a["given_codes_ptr"], "float32", B, n, C, strides=(a["given_codes_stride"], C, 1)),
+        tokens_out_Bn=_tensor(a["tokens_ptr"], "int64", B, n, strides=(a["tokens_stride"], 1)),
+        codes_out_BnC=_tensor(a["codes_ptr"], "float32", B, n, C),
     )
 
 

@@ -234,7 +234,7 @@ def test_a_gpu_that_is_not_there_is_one_line(tiny_bundle, tmp_path, monkeypatch)
         (["--class", 10, "--out", "x.png"], "class 10 is out of range; expected an id from 0 to 9"),
         (["--class", "²", "--out", "x.png"], "class '²' is unknown; this bundle knows ids only (ids 0 to 9)"),
         (["--class", 1, "--seed", -1, "--out", "x.png"], "seeds: got -1, expected integers from 0 to 2⁶⁴ − 1"),
-        (["--class", 1, "--guidance", "1,2", "--out", "x"], "guidance: 2 values, expected one per scale (4)"),
+        (["--class", 1, "--guidance", "1,2", "--out", "x"], "guidance: 2 values, expected one, or one per scale (4)"),
         (
             ["--class", 1, "--guidance", "much", "--out", "x"],
             "guidance: got 'much', expected a number or one per scale, like 0,0.5,1",

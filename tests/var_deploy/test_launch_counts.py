@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from var_deploy.bundle import Bundle
+from var_deploy.engines.engine import LoopForm
 from var_deploy.engines.torch.engine import TorchEngine
 from var_deploy.inspection import inspect_bundle
 from var_deploy.launch_counts import launch_counts
@@ -78,10 +79,10 @@ def test_every_stage_launches_what_is_counted(name, precision, smooth, request):
     counted = {op: calls.counted(op, getattr(reference_ops(), op)) for op in OPERATIONS}
     engine = TorchEngine(bundle, torch.device("cpu"), precision=precision, ops=Ops(name="counted", **counted))
     var, vqvae = bundle.manifest.var, bundle.manifest.vqvae
-    settings = Settings(strengths=(1.0,) * var.num_scales, top_k=0, top_p=0.0, smooth=smooth)
+    settings = Settings.constant((1.0,) * var.num_scales, top_k=0, top_p=0.0, smooth=smooth)
     launches: Counter[str] = Counter()
     with engine._running():
-        _, stages = engine._slots.ready(1, settings, staged=True)
+        _, stages = engine._slots.ready(1, LoopForm.of(settings, staged=True))
         for stage in stages:
             calls.counts.clear()
             with calls:

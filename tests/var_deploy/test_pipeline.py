@@ -228,7 +228,7 @@ def _with_all_rows(pipe: Pipeline, labels: list[int], seeds: list[int], strength
     """(logits of the conditioned rows, tokens, pixels) of a loop that runs null rows at every scale."""
     config, engine, B = pipe.bundle.manifest.var, pipe.engine, len(labels)
     codebook_VC = pipe.bundle.weight("quantize.embedding.weight")
-    settings = Settings(strengths=tuple(strengths), top_k=60, top_p=0.9, smooth=False)
+    settings = Settings.constant(tuple(strengths), top_k=60, top_p=0.9)
     state, codes_BnC = engine.begin(np.array(labels + [config.null_class] * B)), None
     logits, tokens = [], []
     for k in range(config.num_scales):
@@ -446,8 +446,8 @@ def test_scalars_of_numpy_are_scalars(pipe: Pipeline):
         ({"guidance": float("nan")}, "guidance: got nan, expected numbers from 0 to 1000"),
         ({"guidance": float("inf")}, "guidance: got inf, expected numbers from 0 to 1000"),
         ({"guidance": [0, 1, -2, 3]}, "guidance: got [0, 1, -2, 3], expected numbers from 0 to 1000"),
-        ({"guidance": [0, 1, 2]}, "guidance: 3 values, expected one per scale (4)"),
-        ({"guidance": []}, "guidance: 0 values, expected one per scale (4)"),
+        ({"guidance": [0, 1, 2]}, "guidance: 3 values, expected one, or one per scale (4)"),
+        ({"guidance": []}, "guidance: 0 values, expected one, or one per scale (4)"),
         ({"guidance": "high"}, "guidance: got 'high', expected numbers from 0 to 1000"),
         ({"guidance": {}}, "guidance: got {}, expected numbers from 0 to 1000"),
         ({"top_k": -1}, "top_k: got -1, expected an integer of at least 0 (0 is off)"),
@@ -457,9 +457,14 @@ def test_scalars_of_numpy_are_scalars(pipe: Pipeline):
         ({"top_p": -0.5}, "top_p: got -0.5, expected a number from 0 to 1 (0 is off)"),
         ({"top_p": float("nan")}, "top_p: got nan, expected a number from 0 to 1 (0 is off)"),
         ({"top_p": "most"}, "top_p: got 'most', expected a number from 0 to 1 (0 is off)"),
+        ({"top_k": [900, 60]}, "top_k: 2 values, expected one, or one per scale (4)"),
+        ({"top_k": [900, 60, 2.5, 1]}, "top_k: got [900, 60, 2.5, 1], expected an integer of at least 0 (0 is off)"),
+        ({"smooth": 1}, "smooth: got 1, expected True or False"),
+        ({"smooth": [True] * 5}, "smooth: 5 values, expected one, or one per scale (4)"),
+        ({"preset": "paper"}, "preset 'paper' is unknown; known: paper-fid, paper-visual, paper-edit"),
         *(
             ({"temperature": got}, f"temperature: got {got!r}, expected a number from 0.001 to 1000; top_k=1 is greedy")
-            for got in (0, -1.0, 9.9e-4, 1000.1, float("nan"), float("inf"), "hot", True, None, [1.0])
+            for got in (0, -1.0, 9.9e-4, 1000.1, float("nan"), float("inf"), "hot", True, [1.0, 1.0, 0, 1.0])
         ),
     ],
     ids=str,

@@ -27,7 +27,7 @@ FILTERS = {"none": (0, 0.0), "top_k": (11, 0.0), "top_p": (0, 0.9), "both": (17,
 def _settings(
     *strengths: float, top_k: int = 0, top_p: float = 0.0, smooth: bool = False, temperature: float = 1.0
 ) -> Settings:
-    return Settings(strengths=strengths or (0.0, 0.0), temperature=temperature, top_k=top_k, top_p=top_p, smooth=smooth)
+    return Settings.constant(strengths or (0.0, 0.0), temperature=temperature, top_k=top_k, top_p=top_p, smooth=smooth)
 
 
 # ---- which tokens are kept -------------------------------------------------------------------------------------------

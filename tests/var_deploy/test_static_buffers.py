@@ -87,6 +87,7 @@ def test_every_spec_is_an_attribute_of_its_shape_and_type(models, batch, guided,
     names = [spec.name for spec in [*packed, *work]]
     assert len(set(names)) == len(names)
     tensors = {name.removeprefix("_"): value for name, value in vars(buffers).items() if torch.is_tensor(value)}
+    tensors |= {f"codes_BnC.{k}": buffers.codes(k) for k in range(var.num_scales)}
     assert tensors.keys() == set(names)  # nothing is allocated beside the plan
     for spec in [*packed, *work]:
         _as_planned(spec, tensors[spec.name])
@@ -167,9 +168,10 @@ def test_the_plan_counts_every_byte_that_is_allocated(models, batch, guided, smo
     storages = {}
     for owner in (buffers, decode):
         for value in vars(owner).values():
-            if torch.is_tensor(value):
-                storage = value.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
+            for tensor in value if isinstance(value, list) else [value]:
+                if torch.is_tensor(tensor):
+                    storage = tensor.untyped_storage()
+                    storages[storage._cdata] = storage.nbytes()
     inputs, outputs = plan.input_specs(var, batch, buffers.rows), plan.output_specs(var, batch)
     padding = _padding(buffers.inputs, inputs) + _padding(buffers.outputs, outputs)
     padding += _padding(decode.pictures, plan.decode_specs(vqvae, batch)[2:])
@@ -262,18 +264,21 @@ def test_one_copy_carries_all_tensors_each_way():
 def test_a_request_fills_its_inputs_and_spare_images_are_greedy_ones_of_class_0():
     var = VARConfig(patch_nums=(1, 2), vocab_size=50, num_classes=9, depth=1, embed_dim=64, ffn_dim=64)
     guided = _buffers(var, 4, True, Precision.FP32, False, torch.device("cpu"))
-    asked = Settings(strengths=(0.5, 2.0), temperature=0.7, top_k=10**12, top_p=0.9, smooth=False)
+    asked = Settings(
+        strengths=(0.5, 2.0), temperatures=(0.7, 1.5), top_ks=(10**12, 3), top_ps=(0.9, 0.0), smooths=(False, True)
+    )
     guided.fill(np.array([8, 3, 5]), [0, 2**63, 2**64 - 1], asked)
     host = guided.inputs.host
     assert host["labels_R"].tolist() == [8, 3, 5, 0, 9, 9, 9, 9]  # the null class is the one after the last
     assert host["seeds_B"].view(np.uint64)[:3].tolist() == [0, 2**63, 2**64 - 1]
     np.testing.assert_array_equal(host["strength_KB"], np.float32([[0.5] * 4, [2.0] * 4]))
-    np.testing.assert_array_equal(host["temperature_B"], np.float32([0.7] * 4))
-    assert host["top_k_B"].tolist() == [50, 50, 50, 1]  # more than there are means all; int32 would not hold it
-    np.testing.assert_array_equal(host["top_p_B"], np.float32([0.9] * 4))
-    guided.fill(np.array([1]), [7], Settings(strengths=(0.0, 0.0), top_k=0, top_p=0.0, smooth=False))
+    np.testing.assert_array_equal(host["temperature_KB"], np.float32([[0.7] * 4, [1.5] * 4]))
+    # More than there are means all; int32 would not hold it.
+    assert host["top_k_KB"].tolist() == [[50, 50, 50, 1], [3, 3, 3, 1]]
+    np.testing.assert_array_equal(host["top_p_KB"], np.float32([[0.9] * 4, [0.0] * 4]))
+    guided.fill(np.array([1]), [7], Settings.constant((0.0, 0.0), top_k=0, top_p=0.0))
     assert host["labels_R"].tolist() == [1, 0, 0, 0, 9, 9, 9, 9]
-    assert host["top_k_B"].tolist() == [0, 1, 1, 1]
+    assert host["top_k_KB"].tolist() == [[0, 1, 1, 1]] * 2
     unguided = _buffers(var, 2, False, Precision.FP32, False, torch.device("cpu"))
     unguided.fill(np.array([4, 6]), [1, 2], asked)
     assert unguided.inputs.host["labels_R"].tolist() == [4, 6]
@@ -284,4 +289,4 @@ def test_before_any_request_every_input_can_run():
     var = VARConfig(patch_nums=(1, 2), vocab_size=50, num_classes=9, depth=1, embed_dim=64, ffn_dim=64)
     buffers = _buffers(var, 2, True, Precision.FP32, False, torch.device("cpu"))
     assert not buffers.labels_R.any()
-    assert (buffers.temperature_B == 1).all()
+    assert (buffers.temperature_KB == 1).all()

@@ -21,7 +21,7 @@ import pytest
 from tests.export.recorded_tensorrt import real_bindings
 from tests.var_deploy.host_cuda import Error, HostCuda, host_compiled
 from tests.var_deploy.host_tensorrt import HostTensorRT
-from var_deploy import Pipeline, load, request
+from var_deploy import Pipeline, load, schedules
 from var_deploy.bench.device import cuda_clock
 from var_deploy.bench.run import bench
 from var_deploy.engines import tensorrt_library
@@ -250,7 +250,7 @@ def test_times_and_memory_for_benchmarks(host, bundle):
 
 
 def settings(pipe: Pipeline) -> Settings:
-    return request.settings(pipe.bundle.manifest, None, None, None, False)
+    return schedules.settings(pipe.bundle.manifest)
 
 
 # memory ---------------------------------------------------------------------------------------------------------------

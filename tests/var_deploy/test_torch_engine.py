@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import var_deploy
+from var_deploy import schedules
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.engines import DeviceLoop
 from var_deploy.engines.torch import TorchEngine
@@ -424,7 +425,7 @@ def test_device_seconds_are_of_the_stages(pipe):
 
 
 def _settings_of(pipe: Pipeline) -> Any:
-    return var_deploy.request.settings(pipe.bundle.manifest, None, None, None, False)
+    return schedules.settings(pipe.bundle.manifest)
 
 
 # ---- previews --------------------------------------------------------------------------------------------------------

@@ -255,8 +255,9 @@ def test_every_image_is_made_once_and_answers_the_request_that_asked_for_it(mode
     made: list[tuple[int, int, int, bool]] = []
     groups: list[tuple[int, bool]] = []
 
-    def generate(labels: list[int], *, seeds: list[int], top_k: int, smooth: bool, **_: Any) -> Any:
+    def generate(labels: list[int], *, seeds: list[int], **by_scale: Any) -> Any:
         """Pictures and tokens that say what they were made of."""
+        (top_k,), (smooth,) = set(by_scale["top_k"]), set(by_scale["smooth"])
         groups.append((top_k, smooth))
         made.extend((label, seed, top_k, smooth) for label, seed in zip(labels, seeds, strict=True))
         tokens_B1 = np.array(seeds, dtype=np.uint64).view(np.int64)[:, None]
@@ -351,7 +352,7 @@ def test_what_the_engine_cannot_do_answers_its_group_only(model, alone, monkeypa
 
     def fails_when_smooth(labels: list[int], **settings: Any) -> Any:
         sizes.append(len(labels))
-        if settings["smooth"]:
+        if any(settings["smooth"]):
             raise EngineError("batch 2: needs more memory;\nmake the batch smaller")
         return generate(labels, **settings)
 

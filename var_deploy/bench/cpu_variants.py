@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import request
 from ..bundle import Manifest
 from ..pipeline import Pipeline
 from ..precision import Precision
+from ..schedules import settings as settings_of
 from .cpu_ceilings import Product, counted_flops, shares
 from .device import counted_floor
 from .reference import Reference
@@ -138,7 +138,7 @@ def time_batch(
     )
     seconds = {variant.name: taken for variant, taken in zip(running, found, strict=False)}
     ceilings = {str(product.arithmetic): product.record() for product in products}
-    settings = request.settings(manifest, guidance, None, None, False)
+    settings = settings_of(manifest, guidance=guidance)
     counted = counted_floor(manifest.var, manifest.vqvae, batch, settings, Precision.FP32)
     flops = counted_flops(counted, manifest.var.vocab_size, manifest.var.embed_dim)
     rates = {name: ceiling["flops_per_second"] for name, ceiling in ceilings.items()}

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import request
 from ..errors import EngineError, RequestError
 from ..memory import peak_resident_size, proportional_set_size
 from ..pipeline import Pipeline
 from ..precision import Precision
+from ..schedules import settings as settings_of
 from . import device as on_device
 from .device import Rates, cuda_clock
 from .reference import Reference
@@ -253,7 +253,7 @@ class _Run:
         if self._clock is None:
             return {}
         batch = row.batch
-        settings = request.settings(self._manifest, self._guidance, None, None, False)
+        settings = settings_of(self._manifest, guidance=self._guidance)
         labels_B = np.arange(batch) % self._manifest.var.num_classes
         asked = on_device.BenchRequest(labels_B=labels_B, seeds=list(range(batch)), settings=settings)
         self._progress(f"batch {batch}, on the device")
@@ -276,7 +276,7 @@ class _Run:
         rate = on_device.product_rate(ceilings, precision)
         if rate is None:
             raise EngineError(f"no ceiling of {precision} products was measured; leave the floor out")
-        settings = request.settings(self._manifest, self._guidance, None, None, False)
+        settings = settings_of(self._manifest, guidance=self._guidance)
         counted = on_device.counted_floor(self._manifest.var, self._manifest.vqvae, row.batch, settings, precision)
         taken = (row.device_seconds or row.seconds).median
         floor_seconds = counted.seconds(ceilings.bytes_per_second, rate)

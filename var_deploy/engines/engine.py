@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..given import Given
 from ..memory import MemoryPlan
 from ..precision import Precision
 from ..sampling import Settings
@@ -118,6 +119,30 @@ class LoopResult:
     timings: dict[str, float]  #: seconds per stage
 
 
+@dataclass(frozen=True, slots=True)
+class LoopForm:
+    """What decides which launches a generation is made of: one CUDA graph, or one list of them, for each."""
+
+    guided_scales: int  #: scales that null-class rows run at
+    smooths: tuple[bool, ...]  #: by scale: whether codes are mixed
+    given: bool = False  #: whether tokens are given
+    staged: bool = False  #: whether something happens between the stages
+    draft_scales: int | None = None  #: end after these scales; None: run them all and decode
+    decode: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings, *, draft_scales: int | None = None, **options: bool) -> LoopForm:
+        """Of a request."""
+        smooths, guided = settings.smooths[:draft_scales], settings.guided_scales
+        guided_scales = guided if draft_scales is None else min(guided, draft_scales)
+        return cls(guided_scales, smooths, draft_scales=draft_scales, **options)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether codes are mixed at any scale."""
+        return any(self.smooths)
+
+
 @runtime_checkable
 class DeviceLoop(Protocol):
     """An engine that draws and decodes where its arrays live, so that nothing crosses to the host between scales."""
@@ -128,7 +153,16 @@ class DeviceLoop(Protocol):
         ...
 
     def generate(
-        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        on_scale: ScaleListener | None,
+        given: Given | None = None,
     ) -> LoopResult:
         """The whole loop for checked labels int64 [B], seeds and settings. Raises EngineError."""
+        ...
+
+    def draft(self, labels_B: np.ndarray, seeds: list[int], settings: Settings, scales: int) -> Given:
+        """The first scales of the loop: their tokens and codes, for another engine to go on. Raises EngineError."""
         ...

@@ -27,7 +27,7 @@ from ..bundle import WEIGHTS, Bundle
 from ..errors import EngineError
 from ..gpu import OutOfMemoryError
 from ..mapped_weights import weight_bytes
-from ..plans import Batch, bundle_digest, input_ranges
+from ..plans import Batch, input_ranges
 from ..prepared import PreparedCache, default_directory
 from ..signature import TensorSpec
 from .cuda.buffers import Launch
@@ -107,7 +107,7 @@ def _providers(
         raise EngineError("provider 'tensorrt' keeps its engines in the user's cache, and there is no home for one")
     kept = kept / "onnxruntime-tensorrt"
     try:
-        (kept / bundle_digest(bundle)[:16]).mkdir(parents=True, exist_ok=True)
+        (kept / bundle.digest[:16]).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EngineError(
             f"{kept}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to another place"
@@ -116,7 +116,7 @@ def _providers(
     tensorrt = {
         **shared,
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(kept / bundle_digest(bundle)[:16]),
+        "trt_engine_cache_path": str(kept / bundle.digest[:16]),
         "trt_engine_cache_prefix": graph,
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(kept),

@@ -58,7 +58,7 @@ def loop_specs(manifest: Manifest, rows: int, images: int, *, smooth: bool) -> l
         *(TensorSpec(f"scale.{k}", "int64", (1,)) for k in range(var.num_scales)),
         TensorSpec("f_hat.0", "float32", f_hat),
         TensorSpec("f_hat.1", "float32", f_hat),
-        TensorSpec("codes", "float32", (rows, n, C)),
+        *(TensorSpec(f"codes.{k}", "float32", (rows, n_k, C)) for k, n_k in enumerate(var.tokens_per_scale)),
         TensorSpec("logits", "float32", (rows, n, var.vocab_size)),
         TensorSpec("uniforms", "float64", (images, L)),
     ]
@@ -81,10 +81,11 @@ class Buffers:
         self._launches: dict[tuple[str, int | None, int], Launch] = {}
         for k in range(manifest.var.num_scales):
             device.upload(self._tensors[f"scale.{k}"], np.array([k]))
+            device.zero(self._tensors[f"codes.{k}"])  # rows that nobody fills run too
 
     def clear(self) -> None:
         """What a generation adds to, or reads before it is written."""
-        for name in ("f_hat.0", "f_hat.1", "codes"):
+        for name in ("f_hat.0", "f_hat.1", "codes.0"):
             self._device.zero(self._tensors[name])
 
     # ---- what lies where ---------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class Buffers:
 
     def codes(self, k: int, rows: int) -> Tensor:
         """Codes of scale k: [rows, n_k, C]."""
-        return self._front("codes", rows, self._manifest.var.tokens_per_scale[k], self._manifest.var.z_channels)
+        return self._front(f"codes.{k}", rows, self._manifest.var.tokens_per_scale[k], self._manifest.var.z_channels)
 
     def smooth(self, k: int, images: int) -> Tensor:
         """Weights of the mixtures: [images, n_k, V]."""

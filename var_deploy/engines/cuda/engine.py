@@ -22,12 +22,22 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import EngineError
+from ...given import Given
 from ...gpu import OutOfMemoryError
 from ...quantizer import Quantizer
 from ...sampling import Settings, invalid_logits, smooth_temperature
 from ...signature import TensorSpec
-from ...static_buffers import bucket_of, decode_specs, fill_request, input_specs, nbytes, output_specs
-from ..engine import LoopResult, ScaleListener
+from ...static_buffers import (
+    bucket_of,
+    decode_specs,
+    fill_given,
+    fill_request,
+    given_specs,
+    input_specs,
+    nbytes,
+    output_specs,
+)
+from ..engine import LoopForm, LoopResult, ScaleListener
 from .buffers import Buffers, GraphRunner, Launch, loop_specs
 from .device import Device, Packed, Tensor
 from .kernels import Kernels
@@ -36,8 +46,8 @@ log = logging.getLogger("var_deploy")
 
 T = TypeVar("T")
 
-#: Positions that one program of `uniforms` fills, and mixtures that one of `mix_codes` makes.
-_UNIFORMS_BLOCK, _MIX_BLOCK = 128, 16
+#: Positions that one program of `uniforms` fills, mixtures of one of `mix_codes`, positions of one of `keep_given`.
+_UNIFORMS_BLOCK, _MIX_BLOCK, _GIVEN_BLOCK = 128, 16, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +61,14 @@ class Stage:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """What serves one batch size, and graphs by (guided scales, whether one per stage, with the decoder)."""
+    """What serves one batch size, and the stages of every form that was asked for."""
 
     buffers: Buffers
     inputs: Packed
     outputs: Packed
     pixels_B3RR: Tensor
-    stages: dict[tuple[int, bool, bool], list[Stage]] = field(default_factory=dict)
+    given: Packed | None = None  # made by the first request that gives tokens
+    stages: dict[LoopForm, list[Stage]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -217,15 +228,24 @@ class CudaLoopEngine(CudaEngine):
             device.upload(self._codebook_VC, codebook_VC)
 
     def generate(
-        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        on_scale: ScaleListener | None,
+        given: Given | None = None,
     ) -> LoopResult:
         """See `DeviceLoop`. The first request of a batch size captures its graphs."""
         B = len(labels_B)
         with self._running(), self._once():
-            slot, stages = self._ready(B, settings, staged=on_scale is not None)
+            form = LoopForm.of(settings, given=given is not None, staged=on_scale is not None)
+            slot, stages = self._ready(B, settings, form)
             device, clock = self.device, self.device.clock()
             fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
             slot.inputs.upload()
+            if given is not None and slot.given is not None:
+                fill_given(slot.given.host, given)
+                slot.given.upload()
             clock.mark("upload")
             for stage in stages:
                 stage.launch()
@@ -245,6 +265,22 @@ class CudaLoopEngine(CudaEngine):
             tokens = [tokens_BL[:, slice(*self._var.span(k))].copy() for k in range(self._var.num_scales)]
             return LoopResult(tokens=tokens, bytes_BRR3=None, pixels=lambda: pixels_B3RR, timings=clock.seconds())
 
+    def draft(self, labels_B: np.ndarray, seeds: list[int], settings: Settings, scales: int) -> Given:
+        """See `DeviceLoop`."""
+        B = len(labels_B)
+        with self._running(), self._once():
+            slot, stages = self._ready(B, settings, LoopForm.of(settings, draft_scales=scales))
+            fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
+            slot.inputs.upload()
+            for stage in stages:
+                stage.launch()
+            slot.outputs.download()
+            codes = [self.device.download(slot.buffers.codes(k, B)) for k in range(scales)]
+            self._refuse_invalid(slot.outputs.host["invalid_KB"][:, :B])
+            codes_BlC = np.concatenate(codes, axis=1)
+            tokens_Bl = slot.outputs.host["tokens_BL"][:B, : codes_BlC.shape[1]]
+            return Given.of_scales(tokens_Bl, codes_BlC, self._var.num_tokens)
+
     def device_seconds(
         self,
         labels_B: np.ndarray,
@@ -261,7 +297,8 @@ class CudaLoopEngine(CudaEngine):
         ignored: a graph is submitted at once, and what a library submits stage by stage waits for the host in earnest.
         """
         with self._running(), self._once():
-            slot, stages = self._ready(len(labels_B), settings, staged=staged, decode=decode)
+            form = LoopForm.of(settings, staged=staged, decode=decode)
+            slot, stages = self._ready(len(labels_B), settings, form)
             fill_request(slot.inputs.host, self._var, slot.buffers.images, labels_B, seeds, settings)
             slot.inputs.upload()
             clock = self.device.clock()
@@ -281,29 +318,30 @@ class CudaLoopEngine(CudaEngine):
             taken = self.device.gpu.free_memory - self.device.free_memory()
         return taken, taken
 
-    def _ready(self, B: int, settings: Settings, *, staged: bool, decode: bool = True) -> tuple[_Slot, list[Stage]]:
+    def _ready(self, B: int, settings: Settings, form: LoopForm) -> tuple[_Slot, list[Stage]]:
         bucket, most = max(bucket_of(B), self._runner.least_rows), self._runner.most_images
         if most is not None:
             if most < B:
                 raise EngineError(f"batch {B}: at most {most} images at a time; give fewer, or build for more")
             bucket = min(bucket, most)
-        guided_scales = settings.guided_scales
-        rows = 2 * bucket if guided_scales else bucket
-        key = bucket, guided_scales > 0, settings.smooth
-        graph_key = guided_scales, staged, decode
+        guided = form.guided_scales > 0
+        rows = 2 * bucket if guided else bucket
+        key = bucket, guided, form.smooth
 
         def make() -> tuple[_Slot, list[Stage]]:
             if key not in self._slots:
-                self._slots[key] = self._slot(bucket, rows, settings)
+                self._slots[key] = self._slot(bucket, rows, settings, smooth=form.smooth)
             slot = self._slots[key]
-            if graph_key not in slot.stages:
-                slot.stages[graph_key] = self._made(slot, guided_scales, staged, decode)
-            return slot, slot.stages[graph_key]
+            if form.given and slot.given is None:
+                slot.given = self.device.packed(given_specs(self._var, bucket))
+            if form not in slot.stages:
+                slot.stages[form] = self._made(slot, form)
+            return slot, slot.stages[form]
 
         return self._with_room(rows, make)
 
-    def _slot(self, bucket: int, rows: int, settings: Settings) -> _Slot:
-        buffers = Buffers(self.device, self._runner, self._manifest, rows=rows, images=bucket, smooth=settings.smooth)
+    def _slot(self, bucket: int, rows: int, settings: Settings, *, smooth: bool) -> _Slot:
+        buffers = Buffers(self.device, self._runner, self._manifest, rows=rows, images=bucket, smooth=smooth)
         inputs = self.device.packed(input_specs(self._var, bucket, rows))
         # Graphs are captured before the request's own values are there: what runs then must be able to run.
         fill_request(inputs.host, self._var, bucket, np.zeros(0, np.int64), [], settings)
@@ -312,18 +350,16 @@ class CudaLoopEngine(CudaEngine):
         pixels = self.device.tensors([decode_specs(self._manifest.vqvae, bucket)[1]])["pixels_B3RR"]
         return _Slot(buffers, inputs, outputs, pixels)
 
-    def _made(self, slot: _Slot, guided_scales: int, staged: bool, decode: bool) -> list[Stage]:
+    def _made(self, slot: _Slot, form: LoopForm) -> list[Stage]:
         """The stages as they replay: one graph for all, a graph for each, or launches where nothing is captured."""
-        stages = self._stages(slot, guided_scales)
-        if not decode:
-            stages = stages[:-1]
+        stages = self._stages(slot, form)
         if not self._captures:
             return stages
         for stage in stages:  # once as they are: libraries allocate and choose now, which a capture may not
             stage.launch()
         self.device.synchronize()
-        log.info("capturing %s for batch %d", "a graph per stage" if staged else "one graph", slot.buffers.images)
-        if not staged:
+        log.info("capturing %s for batch %d", "a graph per stage" if form.staged else "one graph", slot.buffers.images)
+        if not form.staged:
             stages = [Stage("replay", partial(_launch_all, stages))]
         try:
             return [Stage(stage.name, self.device.captured(stage.launch), stage.completed) for stage in stages]
@@ -333,22 +369,25 @@ class CudaLoopEngine(CudaEngine):
             log.warning("%s; running without CUDA graphs, which takes longer at small batches", error)
             return stages
 
-    def _stages(self, slot: _Slot, guided_scales: int) -> list[Stage]:
-        """A whole generation; null-class rows run at the first `guided_scales` scales, which is exact: nothing reads
-        their logits or caches later.
+    def _stages(self, slot: _Slot, form: LoopForm) -> list[Stage]:
+        """A whole generation, or its first scales; null-class rows run at the first `guided_scales` scales, which is
+        exact: nothing reads their logits or caches later.
         """
         buffers, K, B = slot.buffers, self._var.num_scales, slot.buffers.images
         condition = buffers.condition(slot.inputs.device["labels_R"])
         stages = [Stage("condition", partial(self._condition, slot, condition))]
-        for k in range(K):
-            guided, repeated = k < guided_scales, 0 < k < guided_scales
+        for k in range(form.draft_scales or K):
+            guided, repeated = k < form.guided_scales, 0 < k < form.guided_scales
             launch = buffers.scale(k, 2 * B if guided else B)
             stages.append(
                 Stage(f"scale_{k:02d}", partial(self._scale, buffers, k, launch, repeated), k - 1 if k else None)
             )
-            stages.append(Stage("draw", partial(self._draw, slot, k, guided)))
+            stages.append(Stage("draw", partial(self._draw, slot, k, form)))
+        if form.draft_scales is not None:
+            return stages
         stages.append(Stage("finish", buffers.finish(B), K - 1))
-        stages.append(Stage("decode", buffers.decode(B, slot.pixels_B3RR)))
+        if form.decode:
+            stages.append(Stage("decode", buffers.decode(B, slot.pixels_B3RR)))
         return stages
 
     def _condition(self, slot: _Slot, launch: Launch) -> None:
@@ -366,19 +405,19 @@ class CudaLoopEngine(CudaEngine):
             buffers.repeat_codes(k - 1, buffers.images)
         launch()
 
-    def _draw(self, slot: _Slot, k: int, guided: bool) -> None:
-        """Logits of scale k → tokens and codes."""
+    def _draw(self, slot: _Slot, k: int, form: LoopForm) -> None:
+        """Logits of scale k → tokens and codes, those that are given last."""
         buffers, inputs, outputs = slot.buffers, slot.inputs.device, slot.outputs.device
-        B, smooth, begin = buffers.images, buffers.smooths, self._var.span(k)[0]
+        B, smooth, guided, begin = buffers.images, form.smooths[k], k < form.guided_scales, self._var.span(k)[0]
         n, L, ratio = self._var.tokens_per_scale[k], self._var.num_tokens, self._var.ratio(k)
         codes = buffers.codes(k, B)
         arguments: dict[str, int | float] = {
             "logits_ptr": buffers.logits(k, 2 * B if guided else B).address,
             "uniforms_ptr": buffers.uniforms.address + 8 * begin,
             "strength_ptr": inputs["strength_KB"][k].address,
-            "temperature_ptr": inputs["temperature_B"].address,
-            "top_k_ptr": inputs["top_k_B"].address,
-            "top_p_ptr": inputs["top_p_B"].address,
+            "temperature_ptr": inputs["temperature_KB"][k].address,
+            "top_k_ptr": inputs["top_k_KB"][k].address,
+            "top_p_ptr": inputs["top_p_KB"][k].address,
             "codebook_ptr": self._codebook_VC.address,
             "tokens_ptr": outputs["tokens_BL"].address + 8 * begin,
             "codes_ptr": codes.address,
@@ -390,21 +429,35 @@ class CudaLoopEngine(CudaEngine):
             "tau": smooth_temperature(ratio),
         }
         name = "draw_guided" if guided else "draw"
-        if not smooth:
+        if smooth:
+            weights = buffers.smooth(k, B)
+            self._kernels.launch(
+                f"{name}_smooth", (n, B), smooth_ptr=weights.address, seeds_ptr=inputs["seeds_B"].address, **arguments
+            )
+            self._kernels.launch(
+                "mix_codes",
+                (-(-B * n // _MIX_BLOCK),),
+                weights_ptr=weights.address,
+                codebook_ptr=self._codebook_VC.address,
+                codes_ptr=codes.address,
+                M=B * n,
+            )
+        else:
             self._kernels.launch(name, (n, B), **arguments)
-            return
-        weights = buffers.smooth(k, B)
-        self._kernels.launch(
-            f"{name}_smooth", (n, B), smooth_ptr=weights.address, seeds_ptr=inputs["seeds_B"].address, **arguments
-        )
-        self._kernels.launch(
-            "mix_codes",
-            (-(-B * n // _MIX_BLOCK),),
-            weights_ptr=weights.address,
-            codebook_ptr=self._codebook_VC.address,
-            codes_ptr=codes.address,
-            M=B * n,
-        )
+        if form.given and slot.given is not None:
+            C, given = self._var.z_channels, slot.given.device
+            self._kernels.launch(
+                "keep_given",
+                (-(-n // _GIVEN_BLOCK), B),
+                given_tokens_ptr=given["tokens_BL"].address + 8 * begin,
+                given_codes_ptr=given["codes_BLC"].address + 4 * C * begin,
+                tokens_ptr=arguments["tokens_ptr"],
+                codes_ptr=codes.address,
+                n=n,
+                given_tokens_stride=L,
+                given_codes_stride=C * L,
+                tokens_stride=L,
+            )
 
     def _refuse_invalid(self, invalid_KB: np.ndarray) -> None:
         if invalid_KB.any():

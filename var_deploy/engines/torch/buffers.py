@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ...config import VARConfig, VQVAEConfig
+from ...given import Given
 from ...precision import Precision
 from ...sampling import Settings
 from ...signature import TensorSpec
-from ...static_buffers import decode_specs, fill_request, input_specs, output_specs, work_specs
+from ...static_buffers import decode_specs, fill_given, fill_request, given_specs, input_specs, output_specs, work_specs
 from .weights import dtype_of
 
 _ALIGNMENT = 16  # of a packed tensor's first byte, for wide loads
@@ -55,10 +56,10 @@ class Buffers:
         self.labels_R = self.inputs.device["labels_R"]
         self.seeds_B = self.inputs.device["seeds_B"]
         self.strength_KB = self.inputs.device["strength_KB"]
-        self.temperature_B = self.inputs.device["temperature_B"]
-        self.top_k_B = self.inputs.device["top_k_B"]
-        self.top_p_B = self.inputs.device["top_p_B"]
-        self.temperature_B.fill_(1)  # a capture runs once before any request is there
+        self.temperature_KB = self.inputs.device["temperature_KB"]
+        self.top_k_KB = self.inputs.device["top_k_KB"]
+        self.top_p_KB = self.inputs.device["top_p_KB"]
+        self.temperature_KB.fill_(1)  # a capture runs once before any request is there
         self.tokens_BL = self.outputs.device["tokens_BL"]
         self.invalid_KB = self.outputs.device["invalid_KB"]
         self.modulation_RN = work["modulation_RN"]
@@ -74,12 +75,27 @@ class Buffers:
         self.quantized_MK = work.get("quantized_MK")
         self.row_scale_M1 = work.get("row_scale_M1")
         self.smooth_BnV = work.get("smooth_BnV")
-        self._codes_BnC = work["codes_BnC"]
+        self._codes_BnC = [work[f"codes_BnC.{k}"] for k in range(var.num_scales)]
         self._f_hat_2BlC = work["f_hat_2BlC"]
+        self._given: Packed | None = None
+        self._device = device
 
     def fill(self, labels_B: np.ndarray, seeds: list[int], settings: Settings) -> None:
         """Writes a request into the host's side of the inputs; images beyond it are drawn greedily from class 0."""
         fill_request(self.inputs.host, self.config, self.batch, labels_B, seeds, settings)
+
+    @property
+    def given(self) -> Packed:
+        """`given_specs`: in the place of what is drawn. Made when first asked for, as few requests give tokens; a
+        capture may not be the first.
+        """
+        if self._given is None:
+            self._given = Packed(given_specs(self.config, self.batch), self._device)
+        return self._given
+
+    def fill_given(self, given: Given) -> None:
+        """Writes what a request gives into the host's side; images beyond it are drawn."""
+        fill_given(self.given.host, given)
 
     def tokens_in(self, k: int, rows: int) -> Tensor:
         """Input tokens of scale k, [rows·n_k, D]: where its residual stream starts."""
@@ -92,7 +108,7 @@ class Buffers:
 
     def codes(self, k: int) -> Tensor:
         """Codes of scale k: [B, n_k, C]."""
-        return _front(self._codes_BnC, self.batch, self.config.tokens_per_scale[k], self.config.z_channels)
+        return self._codes_BnC[k]
 
     def smooth_weights(self, k: int) -> Tensor | None:
         """Mixture weights of scale k, [B, n_k, V], where they are drawn."""

@@ -22,10 +22,11 @@ from var_kernels import Ops, reference_ops, triton_ops
 
 from ...bundle import Bundle
 from ...errors import EngineError
+from ...given import Given
 from ...precision import Precision
 from ...sampling import Settings, invalid_logits
 from ..choice import too_old
-from ..engine import LoopResult, ScaleListener
+from ..engine import LoopForm, LoopResult, ScaleListener
 from .buffers import Buffers
 from .convolutions import Convolutions, library_convolutions
 from .graphs import Clock, give_back_memory, out_of_memory, stream_of_its_own
@@ -173,15 +174,24 @@ class TorchEngine:
     # ---- whole generations -------------------------------------------------------------------------------------------
 
     def generate(
-        self, labels_B: np.ndarray, seeds: list[int], settings: Settings, on_scale: ScaleListener | None
+        self,
+        labels_B: np.ndarray,
+        seeds: list[int],
+        settings: Settings,
+        on_scale: ScaleListener | None,
+        given: Given | None = None,
     ) -> LoopResult:
         """See `DeviceLoop`. The first request of a batch size captures its graphs, which takes seconds."""
         B = len(labels_B)
         with self._running(), self._once():
-            slot, stages = self._slots.ready(B, settings, staged=on_scale is not None)
+            form = LoopForm.of(settings, given=given is not None, staged=on_scale is not None)
+            slot, stages = self._slots.ready(B, form)
             b, decode, clock = slot.buffers, slot.decode, Clock(self._stream)
             b.fill(labels_B, seeds, settings)
             b.inputs.upload()
+            if given is not None:
+                b.fill_given(given)
+                b.given.upload()
             clock.mark("upload")
             for stage in stages:
                 stage.launch()
@@ -205,6 +215,23 @@ class TorchEngine:
                 timings=clock.seconds(),
             )
 
+    def draft(self, labels_B: np.ndarray, seeds: list[int], settings: Settings, scales: int) -> Given:
+        """See `DeviceLoop`."""
+        B = len(labels_B)
+        with self._running(), self._once():
+            slot, stages = self._slots.ready(B, LoopForm.of(settings, draft_scales=scales))
+            b = slot.buffers
+            b.fill(labels_B, seeds, settings)
+            b.inputs.upload()
+            for stage in stages:
+                stage.launch()
+            b.outputs.download()
+            codes_BlC = torch.cat([b.codes(k)[:B] for k in range(scales)], dim=1).cpu().numpy()
+            self._synchronize()
+            self._refuse_invalid(b.outputs.host["invalid_KB"][:, :B])
+            tokens_Bl = b.outputs.host["tokens_BL"][:B, : codes_BlC.shape[1]]
+            return Given.of_scales(tokens_Bl, codes_BlC, self._var.num_tokens)
+
     def device_seconds(
         self,
         labels_B: np.ndarray,
@@ -222,7 +249,7 @@ class TorchEngine:
         generation would be timed by how fast the host is.
         """
         with self._running(), self._once():
-            slot, stages = self._slots.ready(len(labels_B), settings, staged=staged, decode=decode)
+            slot, stages = self._slots.ready(len(labels_B), LoopForm.of(settings, staged=staged, decode=decode))
             slot.buffers.fill(labels_B, seeds, settings)
             slot.buffers.inputs.upload()
             if head_start and self._stream is not None:

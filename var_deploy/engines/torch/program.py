@@ -22,6 +22,7 @@ from ...bundle import Bundle
 from ...errors import EngineError
 from ...precision import Precision
 from ...static_buffers import decoded_at_once
+from ..engine import LoopForm
 from .buffers import Buffers, DecodeBuffers
 from .convolutions import Convolutions, library_convolutions
 from .graphs import Launch, out_of_memory
@@ -64,24 +65,27 @@ class Program:
         if compile_decoder:
             self._decode_map = _compiled(self._decode_map)
 
-    def stages(self, b: Buffers, decode: DecodeBuffers, guided_scales: int) -> list[Stage]:
-        """A whole generation; null-class rows run at the first `guided_scales` scales, which is exact: nothing reads
-        their logits or caches later.
+    def stages(self, b: Buffers, decode: DecodeBuffers, form: LoopForm) -> list[Stage]:
+        """A whole generation, or its first scales; null-class rows run at the first `guided_scales` scales, which is
+        exact: nothing reads their logits or caches later.
         """
         K, B = self.var.num_scales, b.batch
 
         def scale(k: int) -> None:
-            rows = 2 * B if k < guided_scales else B
+            rows = 2 * B if k < form.guided_scales else B
             if k:
                 self.transformer.embed(b, k, rows)
             self.transformer.scale(b, k, rows)
 
         stages = [Stage("condition", partial(self.condition, b))]
-        for k in range(K):
+        for k in range(form.draft_scales or K):
             stages.append(Stage(f"scale_{k:02d}", partial(scale, k), k - 1 if k else None))
-            stages.append(Stage("draw", partial(self._draw, b, k, guided=k < guided_scales)))
+            stages.append(Stage("draw", partial(self._draw, b, k, form)))
+        if form.draft_scales is not None:
+            return stages
         stages.append(Stage("finish", partial(self.transformer.embed, b, K, B), K - 1))
-        stages.append(Stage("decode", partial(self.decode, b.f_hat_BlC(K), decode)))
+        if form.decode:
+            stages.append(Stage("decode", partial(self.decode, b.f_hat_BlC(K), decode)))
         return stages
 
     def condition(self, b: Buffers) -> None:
@@ -91,17 +95,18 @@ class Program:
         self._ops.uniforms(b.seeds_B, out_BL=b.uniforms_BL)
         self.transformer.condition(b)
 
-    def _draw(self, b: Buffers, k: int, *, guided: bool) -> None:
+    def _draw(self, b: Buffers, k: int, form: LoopForm) -> None:
         """Logits of scale k → tokens and codes."""
         begin, end = self.var.span(k)
-        codebook_VC, weights_BnV = self.transformer.codebook_VC, b.smooth_weights(k)
+        guided, codebook_VC = k < form.guided_scales, self.transformer.codebook_VC
+        weights_BnV = b.smooth_weights(k) if form.smooths[k] else None
         self._ops.draw(
             b.logits(k, 2 * b.batch if guided else b.batch),
             b.uniforms_BL[:, begin:end],
             b.strength_KB[k],
-            b.temperature_B,
-            b.top_k_B,
-            b.top_p_B,
+            b.temperature_KB[k],
+            b.top_k_KB[k],
+            b.top_p_KB[k],
             codebook_VC,
             guided=guided,
             tokens_out_Bn=b.tokens_BL[:, begin:end],
@@ -114,6 +119,14 @@ class Program:
         )
         if weights_BnV is not None:
             self._ops.mix_codes(weights_BnV, codebook_VC, codes_out_BnC=b.codes(k))
+        if form.given:
+            given = b.given.device
+            self._ops.keep_given(
+                given["tokens_BL"][:, begin:end],
+                given["codes_BLC"][:, begin:end],
+                tokens_out_Bn=b.tokens_BL[:, begin:end],
+                codes_out_BnC=b.codes(k),
+            )
 
     def decode(self, f_hat_BlC: Tensor, decode: DecodeBuffers) -> None:
         """f_hat → float and 8-bit pixels, all images at once or slice by slice."""

@@ -15,7 +15,6 @@ from typing import TypeVar
 import torch
 
 from ...errors import EngineError
-from ...sampling import Settings
 from ...static_buffers import (
     BUCKETS,
     bucket_of,
@@ -25,6 +24,7 @@ from ...static_buffers import (
     generation_bytes,
     nbytes,
 )
+from ..engine import LoopForm
 from .buffers import Buffers, DecodeBuffers
 from .graphs import Launch, captured, give_back_memory, out_of_memory
 from .program import Program, Stage
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Slot:
-    """What serves one batch size: buffers, and graphs by (guided scales, whether one per stage, with the decoder)."""
+    """What serves one batch size: buffers, and the graphs of every form that was asked for."""
 
     buffers: Buffers
     decode: DecodeBuffers
-    graphs: dict[tuple[int, bool, bool], list[Stage]] = field(default_factory=dict)
+    graphs: dict[LoopForm, list[Stage]] = field(default_factory=dict)
 
 
 class Slots:
@@ -53,8 +53,8 @@ class Slots:
         self._decode_replays: dict[int, Launch] = {}
         self._pool = None if stream is None else torch.cuda.graph_pool_handle()
 
-    def ready(self, B: int, settings: Settings, *, staged: bool, decode: bool = True) -> tuple[Slot, list[Stage]]:
-        """The slot of a batch and its stages: on a GPU as one graph, or with `staged` a graph for each.
+    def ready(self, B: int, form: LoopForm) -> tuple[Slot, list[Stage]]:
+        """The slot of a batch and its stages: on a GPU as one graph, or where it is staged a graph for each.
 
         Raises EngineError, saying what fits, when the GPU's memory does not suffice; the engine stays usable.
         """
@@ -66,12 +66,12 @@ class Slots:
                 program.vqvae,
                 batch,
                 program.precision,
-                guided=settings.guided_scales > 0,
-                smooth=settings.smooth,
+                guided=form.guided_scales > 0,
+                smooth=form.smooth,
                 decode_slice=program.decode_slice,
             )
 
-        return self._with_room(lambda: self._ready(B, settings, staged, decode), B, needed)
+        return self._with_room(lambda: self._ready(B, form), B, needed)
 
     def _with_room(self, make: Callable[[], T], B: int, needed: Callable[[int], int]) -> T:
         for _ in range(2):  # the second time without other batch sizes, which may have been in the way
@@ -86,30 +86,29 @@ class Slots:
             self.release()
         raise EngineError(self._too_large(B, needed))
 
-    def _ready(self, B: int, settings: Settings, staged: bool, decode: bool) -> tuple[Slot, list[Stage]]:
-        bucket, guided_scales = self._bucket(B), settings.guided_scales
-        key = (bucket, guided_scales > 0, settings.smooth)
+    def _ready(self, B: int, form: LoopForm) -> tuple[Slot, list[Stage]]:
+        bucket, guided = self._bucket(B), form.guided_scales > 0
+        key = (bucket, guided, form.smooth)
         if key not in self._slots:
             if self._stream is None:
                 self._slots.clear()  # on a CPU nothing but memory is won by keeping other sizes
-            buffers = self.buffers(bucket, guided=guided_scales > 0, smooth=settings.smooth)
+            buffers = self.buffers(bucket, guided=guided, smooth=form.smooth)
             self._slots[key] = Slot(buffers, self._decode_buffers(bucket))
         slot = self._slots[key]
-        stages = self._program.stages(slot.buffers, slot.decode, guided_scales)
-        if not decode:
-            stages = [stage for stage in stages if stage.name != "decode"]
+        if form.given:
+            _ = slot.buffers.given  # makes it
+        stages = self._program.stages(slot.buffers, slot.decode, form)
         if self._stream is None:
             return slot, stages
-        graph_key = guided_scales, staged, decode
-        if graph_key not in slot.graphs:
-            log.info("capturing %s for batch %d", "a graph per stage" if staged else "one graph", bucket)
-            if not staged:
+        if form not in slot.graphs:
+            log.info("capturing %s for batch %d", "a graph per stage" if form.staged else "one graph", bucket)
+            if not form.staged:
                 stages = [Stage("replay", partial(_launch_all, stages))]
             replays = captured([stage.launch for stage in stages], self._stream, self._pool)
-            slot.graphs[graph_key] = [
+            slot.graphs[form] = [
                 Stage(stage.name, replay, stage.completed) for stage, replay in zip(stages, replays, strict=True)
             ]
-        return slot, slot.graphs[graph_key]
+        return slot, slot.graphs[form]
 
     def ready_to_decode(self, B: int) -> tuple[DecodeBuffers, Launch]:
         """Decoder buffers for a batch, and what decodes that which lies in their `f_hat_BlC`; raises as `ready`."""
