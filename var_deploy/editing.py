@@ -17,7 +17,7 @@ from PIL import Image
 from .config import VQVAEConfig
 from .errors import RequestError
 from .images import fitted, one_frame
-from .interpolation import area_matrix, bilinear_matrix
+from .interpolation import area_matrix, bilinear
 from .request import is_number, listed
 
 #: A scale of so few positions is kept whole, as published: it holds the picture's mean colour.
@@ -75,8 +75,7 @@ def kept_positions(keep_Bhh: np.ndarray, config: VQVAEConfig) -> np.ndarray:
     """
     scales = []
     for p in config.patch_nums:
-        resize = bilinear_matrix(config.latent_size, p)
-        kept_Bpp = resize @ keep_Bhh @ resize.T > 0.5
+        kept_Bpp = bilinear(keep_Bhh, p) > 0.5
         if p * p <= SMALLEST_MAP:
             kept_Bpp[:] = True
         scales.append(kept_Bpp.reshape(len(keep_Bhh), -1))
@@ -90,9 +89,7 @@ def composited(pixels_B3RR: np.ndarray, original_B3RR: np.ndarray, kept_Bhh: np.
 
     The seam runs over one token's width, half of it on either side, because a decoder spreads what a token holds.
     """
-    R, h = pixels_B3RR.shape[-1], kept_Bhh.shape[-1]
-    enlarge = bilinear_matrix(h, R)
-    share_B1RR = (enlarge @ kept_Bhh.astype(np.float32) @ enlarge.T)[:, None]
+    share_B1RR = bilinear(kept_Bhh, pixels_B3RR.shape[-1])[:, None]
     blended = pixels_B3RR + share_B1RR * (original_B3RR - pixels_B3RR)
     return np.where(share_B1RR == 1, original_B3RR, blended).astype(np.float32)
 

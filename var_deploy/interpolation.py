@@ -30,19 +30,22 @@ def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
     return matrix_OI.astype(np.float32)
 
 
-def bilinear_matrix(n_in: int, n_out: int) -> np.ndarray:
-    """Bilinear resizing without low-pass filter, align_corners false, edges repeated: float32 [n_out, n_in].
+def bilinear(maps: np.ndarray, n_out: int) -> np.ndarray:
+    """Bilinear resizing of [..., n, n] to [..., n_out, n_out], no low-pass filter, align_corners false: float32.
 
-    In float32 as PyTorch does it, because the masks of an edit are compared with ½, which some weights are exactly.
+    Rounded to float32 where PyTorch rounds: masks of an edit are compared with ½, which some values are all but exactly.
     """
-    matrix_OI = np.zeros((n_out, n_in), dtype=np.float32)
-    scale = np.float32(n_in) / np.float32(n_out)
-    centre_O = np.maximum(scale * (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), 0)
-    below_O = np.minimum(centre_O.astype(int), n_in - 1)
-    weight_O = (centre_O - below_O).astype(np.float32).clip(0, 1)
-    np.add.at(matrix_OI, (np.arange(n_out), below_O), 1 - weight_O)
-    np.add.at(matrix_OI, (np.arange(n_out), np.minimum(below_O + 1, n_in - 1)), weight_O)
-    return matrix_OI
+    n_in = maps.shape[-1]
+    scale = np.float64(np.float32(n_in) / np.float32(n_out))
+    # One rounding of product and sum together, as processors with fused multiply-adds do it.
+    centre_O = np.maximum(scale * (np.arange(n_out) + 0.5) - 0.5, 0).astype(np.float32)
+    low_O = np.minimum(centre_O.astype(int), n_in - 1)
+    high_O = np.minimum(low_O + 1, n_in - 1)
+    of_high_O = (centre_O - low_O.astype(np.float32)).clip(0, 1)
+    of_low_O = 1 - of_high_O
+    maps = maps.astype(np.float32)
+    rows = of_low_O * maps[..., low_O] + of_high_O * maps[..., high_O]
+    return of_low_O[:, None] * rows[..., low_O, :] + of_high_O[:, None] * rows[..., high_O, :]
 
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:

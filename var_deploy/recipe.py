@@ -145,6 +145,8 @@ def _recipe(data: dict[str, Any]) -> Recipe:
     if given is not None:
         decompressor = zlib.decompressobj()
         tokens = decompressor.decompress(base64.b64decode(given, validate=True), 4 * _MAX_TOKENS)
+        if decompressor.unconsumed_tail:
+            raise ValueError("more tokens than a model has")
         given = tuple(np.frombuffer(tokens, "<i4").tolist())
     refiner, scales, composite = data.get("refiner"), data.get("draft_scales"), data.get("composite", False)
     if not isinstance(refiner, str | None) or type(scales) not in (int, type(None)) or type(composite) is not bool:

@@ -204,6 +204,9 @@ def _heading(violations: list[str]) -> str:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Only a few cases: every kernel and branch once.")] = False,
+    capability: Annotated[
+        list[int] | None, typer.Option(help="Of a GPU, 90 is 9.0; repeat for more; default all.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every number here, too.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = min(os.cpu_count() or 1, 8),
@@ -216,7 +219,14 @@ def main(
     if find_spec("triton") is None:
         print("Triton is not installed; get it with: pip install triton", file=sys.stderr)
         raise typer.Exit(2)
-    work = [(operation, capability, quick) for operation in OPERATIONS for capability in SHARED_LIMIT]
+    if unknown := set(capability or ()) - set(SHARED_LIMIT):
+        print(f"capability {min(unknown)} is unknown; known: {', '.join(map(str, SHARED_LIMIT))}", file=sys.stderr)
+        raise typer.Exit(2)
+    capabilities = [known for known in SHARED_LIMIT if known in (capability or SHARED_LIMIT)]
+    if markdown is not None and len(capabilities) < len(SHARED_LIMIT):
+        print("the page is of every capability; leave --capability out", file=sys.stderr)
+        raise typer.Exit(2)
+    work = [(operation, known, quick) for operation in OPERATIONS for known in capabilities]
     if jobs == 1:
         parts = [rows_of(*part) for part in work]
     else:
@@ -225,10 +235,10 @@ def main(
     rows = [row for part in parts for row in part]
     violations = [line for row in rows for line in row.violations()]
     violations += [f"{name}: no case" for name in OPERATIONS if name not in {row.operation for row in rows}]
-    by_capability = ([row for row in rows if row.capability == capability] for capability in SHARED_LIMIT)
+    by_capability = ([row for row in rows if row.capability == known] for known in capabilities)
     table = [_cells(launch) for launch in zip(*by_capability, strict=True)]
 
-    shown = Table(*TITLES, title=f"Triton {version('triton')}; capabilities {' / '.join(map(str, SHARED_LIMIT))}")
+    shown = Table(*TITLES, title=f"Triton {version('triton')}; capabilities {' / '.join(map(str, capabilities))}")
     for cells in table:
         shown.add_row(*cells)
     Console().print(shown)

@@ -28,6 +28,7 @@ def test_against_the_reference(R, n, D, with_y, dtype, device, near):
     near(x_MD, expected_x_MD, torch.float32)
 
 
+@pytest.mark.slow
 def test_many_tokens(dtype, device, near):
     x_MD, y_MD, gamma_RD, scale_RD, shift_RD = tensors(1, 1024, 96, dtype, device)
     expected_x_MD, out_MD = x_MD.clone(), torch.full_like(y_MD, torch.nan)

@@ -69,6 +69,7 @@ def test_many_tokens(R, H, n, begin, device, near):
     near(out_MD, run(reference.cached_attention, qkv_MN, q_scale_H, caches, begin)[0], torch.float16)
 
 
+@pytest.mark.slow
 def test_many_tokens_in_fp32(device, near):
     """Plain attention, which the interpreter ends soonest: fp32 has the smallest tiles."""
     qkv_MN, *caches = tensors(1, 1, 520, 1, 521, torch.float32, device)

@@ -89,6 +89,7 @@ def test_against_the_reference(V, guided):
     assert (got["tokens_out_Bn"] != expected["tokens_out_Bn"]).sum() <= 1
 
 
+@pytest.mark.slow
 def test_many_positions():
     """Without filters, whose bisections the interpreter takes minutes for; positions share nothing anyway."""
     n, V = 520, 33
@@ -203,6 +204,7 @@ def test_draws_pass_a_chi_square_test(function, top_k, top_p):
     assert torch.special.gammaincc((kept.sum() - 1).double() / 2, statistic / 2) > 1e-3
 
 
+@pytest.mark.slow
 def test_draws_of_the_kernel_pass_a_chi_square_test():
     """512 draws over 8 logits: 128 for each filter, whose statistics add up as their degrees of freedom do.
 

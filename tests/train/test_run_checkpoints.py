@@ -383,7 +383,7 @@ def test_continuing_equals_not_interrupting(tmp_path):
     assert resumed.optimizers["net"].param_groups[0]["betas"] == (0.9, 0.999)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_and_other_numbers_of_them(tmp_path, kind):
     alone = new_state(5)
     train(alone, 4)
@@ -473,6 +473,7 @@ def test_values_come_back_as_json_has_them(tmp_path):
 # ---- kills ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_event_leaves_a_whole_checkpoint(tmp_path):
     ran = start(killed_at_every_event, tmp_path / "checkpoints")
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -497,6 +498,7 @@ def test_ten_kills_at_random_times_change_nothing(tmp_path):
     assert_same(content(killed), whole)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_killed_in_the_middle_of_its_file(tmp_path):
     ran = start(one_of_two_is_killed, tmp_path, "fsdp", processes=2)
     assert ran.returncode != 0

@@ -114,6 +114,28 @@ def test_images_are_those_of_the_onnx_engine(host, pipe, onnx, name):
     assert got.timings.keys() == {"upload", "replay", "download"}
 
 
+def test_given_tokens_and_schedules(host, pipe, onnx):
+    """Edits, by one more kernel per scale, in parts and with previews; drafts; settings that differ by scale."""
+    images = np.random.default_rng(0).random((5, 3, 64, 64), dtype=np.float32)
+    edit: dict[str, Any] = {"box": (0, 0, 0.5, 1), "labels": [1, 2, 3, 4, 5], "seeds": 3, "guidance": [0, 1, 2, 0]}
+    edit["smooth"] = [True, False, True, False]
+    expected = onnx.edit(images, **edit)
+    host.cuda.launches.clear()
+    assert_same(pipe.edit(images, **edit), expected, smooth=True)
+    kernels = host.cuda.launches
+    assert kernels.count("_keep_given_kernel") == 2 * kernels.count("_mix_codes_kernel") > 0
+    heard: list[Any] = []
+    assert_same(pipe.edit(images, **edit, on_scale=heard.append), expected, smooth=True)
+    assert len(heard) == 2 * 4
+    scheduled: dict[str, Any] = {"labels": [1, 2], "seeds": 3, "top_k": [1, 5, 900, 3], "temperature": [1, 2, 0.5, 1]}
+    assert_same(pipe.generate(**scheduled), onnx.generate(**scheduled))
+    for smooth in (False, [True, True, False, False]):
+        both = pipe.generate([1, 2], seeds=3, refine=onnx, draft_scales=2, smooth=smooth)
+        assert_same(both, onnx.generate([1, 2], seeds=3, smooth=smooth), smooth=True)
+        other_way = onnx.generate([1, 2], seeds=3, refine=pipe, draft_scales=2, smooth=smooth)
+        assert_same(other_way, onnx.generate([1, 2], seeds=3, smooth=smooth), smooth=True)
+
+
 @pytest.mark.parametrize("name", ["defaults", "ends-in-zeros"])
 def test_one_plan_with_a_profile_per_scale(host, bundle, onnx, name):
     pipe = load(bundle, engine="tensorrt", plans="profiles-1-1-4")

@@ -814,6 +814,7 @@ for precision, requests in json.loads(sys.argv[2]).items():
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_draw_what_their_references_draw(tmp_path):
     """Nearly all is one picture at a time: the interpreter takes a second per kernel."""
     var = VARConfig(

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from ..errors import RequestError
+
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
+    from ..schedules import Sampling
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle directory.")]
 VarFile = Annotated[
@@ -42,6 +45,13 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads that compute; 
 MemoryLimit = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to stay within, in MB or as 4GB; default what is free.")
 ]
+Guidance = Annotated[str | None, typer.Option(help="Strength at the last scale, or one per scale: 0,0.5,1,…")]
+Temperature = Annotated[str | None, typer.Option(help="Divides the logits; one, or one per scale.")]
+TopK = Annotated[str | None, typer.Option(help="Keep the k likeliest tokens; 0 is off; one, or one per scale.")]
+TopP = Annotated[str | None, typer.Option(help="Then keep probability p; 0 is off; one, or one per scale.")]
+Smooth = Annotated[bool, typer.Option("--smooth", help="Mix codes instead of drawing one.")]
+SmoothScales = Annotated[str | None, typer.Option(metavar="K,K,…", help="At these scales alone, counted from 0.")]
+Preset = Annotated[str | None, typer.Option(help="Published settings: paper-fid, paper-visual or paper-edit.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,27 +85,86 @@ class EngineChoice:
         return load(bundle, **self.arguments())
 
 
-def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `run: EngineChoice` comes from one option per field; its own options go before."""
-    hints = get_type_hints(EngineChoice, include_extras=True)
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "run"]
-    added = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(EngineChoice)
-        if field.name not in {parameter.name for parameter in own}
-    ]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingChoice:
+    """How tokens are drawn, as `Pipeline.generate` takes it; one option of the command line per field."""
 
-    @functools.wraps(command)
-    def run_command(**values: Any) -> None:
-        choice = EngineChoice(**{parameter.name: values.pop(parameter.name) for parameter in added})
-        command(**values, run=choice)
+    guidance: Guidance = None
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    smooth: Smooth = False
+    smooth_scales: SmoothScales = None
+    preset: Preset = None
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
-    run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run_command
+    def options(self, num_scales: int) -> Sampling:
+        """Raises RequestError for what is no number; what the numbers may be is checked where a request enters."""
+        smooth: bool | list[bool] | None = self.smooth or None
+        if self.smooth_scales is not None:
+            scales = numbers("smooth-scales", self.smooth_scales, int)
+            if self.smooth or not all(0 <= k < num_scales for k in scales):
+                got = f"{self.smooth_scales} and --smooth" if self.smooth else self.smooth_scales
+                raise RequestError(f"smooth-scales: got {got}, expected scales from 0 to {num_scales - 1} instead")
+            smooth = [k in scales for k in range(num_scales)]
+        return {
+            "guidance": _one_or_more("guidance", self.guidance, float),
+            "temperature": _one_or_more("temperature", self.temperature, float),
+            "top_k": _one_or_more("top-k", self.top_k, int),
+            "top_p": _one_or_more("top-p", self.top_p, float),
+            "smooth": smooth,
+            "preset": self.preset,
+        }
+
+
+def numbers(name: str, text: str, kind: type) -> list[Any]:
+    """Numbers between commas. Raises RequestError."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "4,60,900" if kind is int else "0,0.5,1"
+        raise RequestError(f"{name}: got {text!r}, expected numbers like {example}") from None
+
+
+def _one_or_more(name: str, text: str | None, kind: type) -> Any:
+    if text is None:
+        return None
+    values = numbers(name, text, kind)
+    return values if len(values) > 1 else values[0]
+
+
+def with_options(parameter: str, choice: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a command whose parameter is an object of options: one option of the command line per field.
+
+    Options that the command has itself stay its own.
+    """
+    hints = get_type_hints(choice, include_extras=True)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != parameter]
+        added = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(choice)
+            if field.name not in {p.name for p in own}
+        ]
+
+        @functools.wraps(command)
+        def run_command(**values: Any) -> None:
+            chosen = choice(**{p.name: values.pop(p.name) for p in added})
+            command(**values, **{parameter: chosen})
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+        run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run_command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run_command
+
+    return decorate
+
+
+#: For a command with `run: EngineChoice`, and one with `sampling: SamplingChoice`.
+with_engine_options = with_options("run", EngineChoice)
+with_sampling_options = with_options("sampling", SamplingChoice)
 
 
 def size_in_bytes(size: str | None) -> int | None:
