@@ -6,12 +6,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKPOINTS := --var train/checkpoints/digits_var.safetensors --vae train/checkpoints/digits_vqvae.safetensors
 
-.PHONY: demo test test-full test-gpu sanitize lint digits photos scaling-law kernels pages bench-cpu bench-train bench-gpu clean
+.PHONY: demo test test-slow test-full test-gpu sanitize lint digits photos scaling-law kernels editing pages bench-cpu bench-train bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(ORACLE)
 	touch $(READY)
+
+# What tests compare FID and its network with. It needs torchvision, which this PyTorch cannot be imported beside, and
+# torchmetrics imports it wherever it is installed: so without what it needs, in a directory that only those tests add.
+ORACLE := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt \
+	--target $(VENV)/oracle torch-fidelity
 
 demo: $(READY)
 	rm -rf out/digits
@@ -21,12 +27,16 @@ demo: $(READY)
 	$(BIN)/var-deploy bench out/digits --batch 1 --batch 8
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not full_size" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow and not full_size" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What tells more than `make test` but takes minutes: more kills, more processes, every compute capability.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile
 
 # Published sizes with random weights: d16 and d30 exports, parity and memory. 20 GB of disk, 24 GB of memory.
 test-full: $(READY)
@@ -44,6 +54,10 @@ sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize:
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -x tests/kernels \
 		-k "against_the_reference or nothing_outside"
+
+# The README's picture of editing, of the demo's bundle: held-out digits, their lower half redrawn as every class.
+editing: $(READY)
+	$(BIN)/python docs/edit_demo.py out/digits docs/editing.png
 
 # Registers and shared memory of every kernel, compiled ahead of time; no GPU needed.
 kernels: $(READY)

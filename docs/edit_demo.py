@@ -23,8 +23,8 @@ held_out = load_split().held_out
 originals, edits = [], []
 with tempfile.TemporaryDirectory() as directory:
     for digit in DIGITS:
-        pixels_3RR = held_out.images_N3RR[np.flatnonzero(held_out.labels_N == digit)[0]]
-        original = Image.fromarray(np.rint(pixels_3RR.transpose(1, 2, 0) * 255).astype(np.uint8))
+        pixels = held_out.images_N3RR[np.flatnonzero(held_out.labels_N == digit)[0]]
+        original = Image.fromarray(np.rint(pixels.transpose(1, 2, 0) * 255).astype(np.uint8))
         source, out = Path(directory) / f"{digit}.png", Path(directory) / f"edits_{digit}"
         original.save(source)
         command = [sys.executable, "-m", "var_deploy.cli", "edit", bundle, source, "--box", "0.5,0,1,1", "--out", out]

@@ -22,13 +22,20 @@ ALLOWED = {
     "var_deploy": ("var_deploy",),
     "var_export": ("var_export", "var_train", "var_kernels", "var_deploy"),
     "var_kernels": ("var_kernels",),
-    "var_train": ("var_train", "var_deploy.config", "var_deploy.errors", "var_deploy.staging"),
+    "var_train": (
+        "var_train",
+        "var_deploy.config",
+        "var_deploy.errors",
+        "var_deploy.staging",
+        "var_deploy.evaluation.metrics",
+    ),
 }
 
 #: Files that start what needs more, and may import it inside a function only.
 ALLOWED_LAZILY = {
     "var_deploy/cli.py": ("var_train",),
     "var_deploy/commands/bundles.py": ("var_export",),
+    "var_deploy/commands/evaluate.py": ("var_export",),
     "var_deploy/commands/measure.py": ("var_export",),
     "var_deploy/bench/device.py": ("var_kernels",),
     "var_deploy/bench/gpu.py": ("var_kernels",),
@@ -41,11 +48,13 @@ ALLOWED_LAZILY = {
 #: The PyTorch engine is built on the kernels.
 TORCH_ENGINE = "var_deploy/engines/torch/"
 
-#: Loaded when an engine starts.
+#: Loaded when an engine starts, or images are evaluated.
 ENGINES_ONLY = (
     "var_deploy/engines/onnx.py",
     "var_deploy/engines/onnx_cuda.py",
     "var_deploy/engines/winograd/",
+    "var_deploy/evaluation/features.py",
+    "var_deploy/evaluation/inception.py",
     TORCH_ENGINE,
 )
 
@@ -159,6 +168,8 @@ def test_the_runtime_imports_heavy_packages_in_its_engines_or_functions_only():
         ("var_deploy", "var_deploy/engines/onnx.py", "from var_kernels.adaln import adaln", False),
         ("var_train", "var_train/var.py", "from var_deploy.config import VARConfig", True),
         ("var_train", "var_train/var.py", "from var_deploy import config", True),
+        ("var_train", "var_train/digits_quality.py", "from var_deploy.evaluation.metrics import Gaussian", True),
+        ("var_train", "var_train/digits_quality.py", "from var_deploy.evaluation.evaluate import evaluate", False),
         ("var_train", "var_train/var.py", "import var_deploy", False),
         ("var_train", "var_train/var.py", "from var_deploy.bundle import Bundle", False),
         ("var_train", "var_train/var.py", "from var_export.verify import verify_bundle", False),

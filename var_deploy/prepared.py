@@ -54,8 +54,7 @@ class PreparedCache:
 
         made_from: all that decides the content. size: bytes that it will take at most.
         """
-        name = f"{kind}-{hashlib.sha256(chr(0).join([*made_from, processor()]).encode()).hexdigest()[:32]}"
-        path = self.directory / name
+        path = self._path(kind, made_from)
         try:
             for after_waiting in (False, True):
                 if self._usable(path):
@@ -78,6 +77,17 @@ class PreparedCache:
         except (OSError, SafetensorError, VarDeployError) as error:  # a full disk comes as any of them
             log.warning("%s: cannot be kept (%s)", path, getattr(error, "strerror", None) or error)
         return None
+
+    def find(self, kind: str, made_from: Iterable[str]) -> Path | None:
+        """The directory of a whole entry; None where there is none. For what takes too long to make under a lock."""
+        path = self._path(kind, made_from)
+        with suppress(OSError):  # a directory that may not be entered
+            return path if self._usable(path) else None
+        return None
+
+    def _path(self, kind: str, made_from: Iterable[str]) -> Path:
+        name = f"{kind}-{hashlib.sha256(chr(0).join([*made_from, processor()]).encode()).hexdigest()[:32]}"
+        return self.directory / name
 
     def discard(self, path: Path, problem: object) -> None:
         """Removes an entry that cannot be used and says so; the next start makes it again."""

@@ -13,6 +13,7 @@ import numpy as np
 from var_deploy.config import VARConfig, VQVAEConfig
 from var_deploy.errors import RequestError
 from var_deploy.pipeline import Pipeline
+from var_deploy.schedules import Sampling
 from var_train import VAR, VQVAE
 from var_train.digits import GUIDANCE, TOP_K, TOP_P, generate_digits
 from var_train.digits_data import DigitsSplit, load_split
@@ -51,7 +52,7 @@ def digits_split(var: VARConfig, vqvae: VQVAEConfig) -> DigitsSplit:
     if (classes, vqvae.image_size) != (10, side):
         raise RequestError(
             f"digits: the bundle makes {classes} classes at {vqvae.image_size} px, expected 10 at {side}; "
-            "leave --digits out"
+            "leave --digits out, or give a bundle of the digits example"
         )
     return split
 
@@ -72,7 +73,7 @@ def digits_fidelity(
     progress(f"{per_class * classes} digits of the reference, twice")
     reference, again = (generate_digits(vqvae, var, per_class=per_class, seed=seed) for seed in (0, 1))
     progress(f"{per_class * classes} digits of the engine")
-    ours = _engine_digits(pipe, per_class, classes)
+    ours = engine_digits(pipe, per_class)
     finite = bool(np.isfinite(ours.images_N3RR).all())  # else there is nothing to judge
     return DigitsFidelity(
         images=len(ours.labels_N),
@@ -83,10 +84,15 @@ def digits_fidelity(
     )
 
 
-def _engine_digits(pipe: Pipeline, per_class: int, classes: int) -> LabelledImages:
-    labels_N = np.arange(classes).repeat(per_class)
-    pixels = [
-        pipe.generate(labels_N[i : i + BATCH].tolist(), seeds=i, guidance=GUIDANCE, top_k=TOP_K, top_p=TOP_P).pixels
-        for i in range(0, len(labels_N), BATCH)
-    ]
+def engine_digits(
+    pipe: Pipeline, per_class: int, *, first_seed: int = 0, on_images: Callable[[int], object] = lambda _: None
+) -> LabelledImages:
+    """`per_class` images of every class, image i with seed `first_seed` + i, as the shipped model is judged."""
+    labels_N = np.arange(pipe.bundle.manifest.var.num_classes).repeat(per_class)
+    how: Sampling = {"guidance": GUIDANCE, "top_k": TOP_K, "top_p": TOP_P}
+    pixels = []
+    for i in range(0, len(labels_N), BATCH):
+        labels = labels_N[i : i + BATCH].tolist()
+        pixels.append(pipe.generate(labels, seeds=first_seed + i, **how).pixels)
+        on_images(i + len(labels))
     return LabelledImages(np.concatenate(pixels), labels_N)

@@ -213,7 +213,7 @@ def test_samples_of_the_digits_model_are_judged(tmp_path, monkeypatch):
 
     images = first(split.train, 3)
     images.images_N3RR[4, 0, 0, 0] = np.nan
-    monkeypatch.setattr(fidelity, "_engine_digits", lambda *_: images)
+    monkeypatch.setattr(fidelity, "engine_digits", lambda *_: images)
     broken = digits_fidelity(pipe, *pair.models(), split, images=30)
     assert np.isnan([broken.accuracy, broken.feature_distance]).all()
     assert not broken.passed

@@ -59,6 +59,14 @@ class TestEntry:
         assert cache.entry("x", ["1"], 6, refuse) == first
         assert kept(cache) == [first.name]
 
+    def test_is_found_without_being_made(self, cache):
+        assert cache.find("x", ["1"]) is None
+        made = cache.entry("x", ["1"], 6, write)
+        assert cache.find("x", ["1"]) == made
+        assert cache.find("x", ["2"]) is None
+        (made / "a.bin").write_bytes(b"packec")
+        assert cache.find("x", ["1"]) is None
+
     def test_depends_on_what_it_was_made_from_and_on_the_cpu(self, cache, monkeypatch):
         made = {cache.entry("x", source, 6, write) for source in (["1"], ["2"], ["1", "2"], ["12"])}
         monkeypatch.setattr(prepared, "processor", lambda: "another CPU")

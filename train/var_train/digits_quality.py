@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from var_deploy.errors import RequestError, VarDeployError
+from var_deploy.evaluation.metrics import Gaussian, frechet_distance
 
 SVM_SIDE = 8  # scikit-learn's digits are 8×8; every image is shrunk to that before it is classified
 SVM_C = 10.0
@@ -55,20 +56,8 @@ class DigitsJudge:
 
 
 def feature_distance(a: LabelledImages, b: LabelledImages) -> float:
-    """Fréchet distance of Gaussians fitted to the features the judge sees, as FID takes those of another network.
-
-    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2·(Σ_a·Σ_b)^½) (Heusel et al., arXiv 1706.08500, section 2).
-    """
-    means, covariances = [], []
-    for images in (a, b):
-        features = features_NF(images).astype(np.float64)
-        means.append(features.mean(axis=0))
-        covariances.append(np.cov(features, rowvar=False))
-    # The trace of the root is the sum of the eigenvalues' roots, which rounding makes slightly negative or complex.
-    eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1])
-    trace_of_root = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()
-    traces = np.trace(covariances[0]) + np.trace(covariances[1])
-    return float(np.square(means[0] - means[1]).sum() + traces - 2 * trace_of_root)
+    """Fréchet distance of Gaussians fitted to the features the judge sees, as FID takes those of another network."""
+    return frechet_distance(*(Gaussian.of_rows(features_NF(images)) for images in (a, b)))
 
 
 def quality_report(generated: LabelledImages, train: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
