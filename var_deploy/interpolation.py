@@ -33,7 +33,7 @@ def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
 def bilinear(maps: np.ndarray, n_out: int) -> np.ndarray:
     """Bilinear resizing of [..., n, n] to [..., n_out, n_out], no low-pass filter, align_corners false: float32.
 
-    Rounded to float32 where PyTorch rounds: masks of an edit are compared with ½, which some values are all but exactly.
+    Rounded where PyTorch rounds: masks of an edit are compared with ½, which some values are all but exactly.
     """
     n_in = maps.shape[-1]
     scale = np.float64(np.float32(n_in) / np.float32(n_out))

@@ -1,12 +1,21 @@
-"""The command line as its users run it: real processes, exit status, what is printed and what is left on disk."""
+"""The command line as its users run it: exit status, what is printed and what is left on disk.
+
+Every command runs once or more as a process of its own; the many ways to ask for something run in this process, by the
+same entry point, since a start takes seconds.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +27,49 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import var_deploy
-from var_deploy.cli import app
+from var_deploy.cli import app, main
 from var_deploy.images import image_grid
 
 FIXED = ["--guidance", "2.5", "--top-k", "60", "--top-p", "0.9"]
 SETTINGS = {"guidance": 2.5, "top_k": 60, "top_p": 0.9}
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+
+def _process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The program, started."""
     command = [sys.executable, "-m", "var_deploy.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def _succeed(*arguments: object) -> str:
-    result = _run(*arguments)
+def _here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Its entry point, called; what else than SystemExit comes out of it fails the test, as a trace would."""
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    on_sigterm, handlers, level = signal.getsignal(signal.SIGTERM), list(logging.root.handlers), logging.root.level
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["var-deploy", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
+            logging.root.handlers[:] = handlers
+            logging.root.setLevel(level)
+    return subprocess.CompletedProcess(list(arguments), status, stdout.getvalue(), stderr.getvalue())
+
+
+def _succeed(*arguments: object, run: Run = _here) -> str:
+    result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "onnxruntime" not in result.stderr  # a warning would name it
     return result.stdout
 
 
-def _fail(*arguments: object) -> str:
+def _fail(*arguments: object, run: Run = _here) -> str:
     """The one line on standard error of a command that fails."""
-    result = _run(*arguments)
+    result = run(*arguments)
     assert result.returncode == 1, result.stdout + result.stderr
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
@@ -63,7 +92,7 @@ def test_export_writes_a_bundle_with_class_names_and_license(tiny_pair, tmp_path
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
     out = tmp_path / "made" / "bundle"
     options = ["--classes", tmp_path / "names.txt", "--license", "CC0"]
-    said = _succeed("export", "--var", var, "--vae", vae, "--out", out, *options)
+    said = _succeed("export", "--var", var, "--vae", vae, "--out", out, *options, run=_process)
     assert said.startswith(f"{out}: {len(list(out.iterdir()))} files, ")
     pipe = var_deploy.load(out)
     assert pipe.bundle.manifest.class_names == tuple(names)
@@ -85,7 +114,7 @@ def test_export_over_something_is_refused_and_leaves_it(tiny_pair, tmp_path):
 def test_export_of_a_truncated_checkpoint_leaves_nothing(golden_pair, tmp_path):
     var, vae = golden_pair(tmp_path / "in", "tiny")
     var.write_bytes(var.read_bytes()[:-1000])
-    line = _fail("export", "--var", var, "--vae", vae, "--out", tmp_path / "out")
+    line = _fail("export", "--var", var, "--vae", vae, "--out", tmp_path / "out", run=_process)
     assert f"{var}: damaged or truncated safetensors file" in line
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -131,7 +160,7 @@ def test_a_plan_that_needs_a_bundle_is_refused_for_a_checkpoint(tiny_pair, optio
 
 
 def test_inspect_of_a_bundle_for_people(tiny_bundle):
-    said = _succeed("inspect", tiny_bundle)
+    said = _succeed("inspect", tiny_bundle, run=_process)
     for word in ("patch_nums", "weights.safetensors", "caches", "not stated", "runs here", "whole"):
         assert word in said
 
@@ -150,7 +179,7 @@ def test_inspect_of_a_checkpoint_as_json(shared_aln_pair):
 
 def test_generate_one_picture_equals_python(tiny_bundle, tmp_path):
     out = tmp_path / "new" / "three.png"
-    said = _succeed("generate", tiny_bundle, "--class", 3, "--seed", 17, *FIXED, "--out", out)
+    said = _succeed("generate", tiny_bundle, "--class", 3, "--seed", 17, *FIXED, "--out", out, run=_process)
     assert said.splitlines() == [str(out)]
     expected = var_deploy.load(tiny_bundle).generate([1, 3], seeds=[0, 17], **SETTINGS).images[1]
     np.testing.assert_array_equal(_pixels(out), np.asarray(expected))
@@ -225,7 +254,7 @@ def test_a_wrong_engine_option_is_one_line_and_leaves_nothing(tiny_bundle, tmp_p
 def test_a_gpu_that_is_not_there_is_one_line(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there is none, wherever this runs
     for options in (["--engine", "torch", "--device", "cuda"], ["--device", "cuda:1"]):
-        line = _fail("generate", tiny_bundle, "--class", 1, *options, "--out", tmp_path / "x.png")
+        line = _fail("generate", tiny_bundle, "--class", 1, *options, "--out", tmp_path / "x.png", run=_process)
         assert line.endswith(" sees no GPU; use device 'cpu'")
     assert list(tmp_path.iterdir()) == []
 
@@ -296,12 +325,12 @@ def test_a_changed_bundle_is_one_line_and_leaves_nothing(tiny_copy, tmp_path):
         ["paint"],
         ["bench", "b", "--repeats", "0"],
         ["generate", "b", "--class", "1", "--out", "x.png", "--decode-slice", "0"],
-        ["generate", "b", "--class", "1", "--out", "x.png", "--temperature", "warm"],
+        ["generate", "b", "--class", "1", "--out", "x.png", "--seed", "warm"],
     ],
     ids=lambda arguments: "_".join(arguments[:1] + arguments[-2:]).replace("--", ""),
 )
 def test_wrong_usage_exits_with_two(arguments):
-    result = _run(*arguments)
+    result = _here(*arguments)
     assert result.returncode == 2
     assert "Usage" in result.stderr
     assert "Traceback" not in result.stderr
@@ -318,7 +347,7 @@ def test_inspecting_weights_that_are_no_safetensors_is_one_line(tiny_copy, resea
 
 def test_verify_passes_for_the_checkpoints_a_bundle_came_from(tiny_bundle, tiny_pair):
     _, var, vae = tiny_pair
-    data = json.loads(_succeed("verify", tiny_bundle, "--var", var, "--vae", vae, "--json"))
+    data = json.loads(_succeed("verify", tiny_bundle, "--var", var, "--vae", vae, "--json", run=_process))
     assert data["passed"] is True
     assert data["labels"] == [0, 9]
     assert data["scales"].keys() == {"symbolic", "static"}
@@ -341,17 +370,15 @@ def test_verify_fails_for_one_nudged_weight_though_it_was_sealed_again(tiny_copy
     weights.write_bytes(content)
     reseal(tiny_copy, weights.name)
     _, var, vae = tiny_pair
-    done = CliRunner().invoke(app, ["verify", str(tiny_copy), "--var", str(var), "--vae", str(vae)])
-    assert done.exit_code == 1
-    assert "parity FAILED: logits 1.0e-02" in done.stdout
+    result = _here("verify", tiny_copy, "--var", var, "--vae", vae)
+    assert result.returncode == 1
+    assert "parity FAILED: logits 1.0e-02" in result.stdout
 
 
 def test_verify_judges_a_lower_precision_by_the_fidelity_gate(tiny_bundle, tiny_pair):
     _, var, vae = tiny_pair
     options = ["--var", var, "--vae", vae, "--engine", "torch", "--device", "cpu", "--precision", "bf16"]
-    done = CliRunner().invoke(app, ["verify", *map(str, [tiny_bundle, *options])])
-    assert done.exit_code == 0, done.output
-    said = done.stdout
+    said = _succeed("verify", tiny_bundle, *options)
     assert "torch engine, bf16, against the reference" in said
     (line,) = [line for line in said.splitlines() if "fidelity gate" in line]
     number = r"\d\.\de-\d\d"
@@ -386,7 +413,7 @@ def test_bench_prints_one_json_object_with_the_reference_of_the_same_run(tiny_bu
 
 def test_bench_for_people_names_machine_and_ratio(tiny_bundle, tmp_path):
     options = ["--repeats", 1, "--no-reference", "--batch", 2, "--threads", 1]
-    said = _succeed("bench", tiny_bundle, *options, "--plot", tmp_path / "bench.png")
+    said = _succeed("bench", tiny_bundle, *options, "--plot", tmp_path / "bench.png", run=_process)
     for word in ("images/s", "not run", "per stage: condition", "machine: processor"):
         assert word in said
     with Image.open(tmp_path / "bench.png") as image:
@@ -456,7 +483,7 @@ def test_the_installed_program_is_the_same_command_line():
 def test_the_cache_is_listed_and_cleared(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     directory = tmp_path / "var-deploy"
-    assert _succeed("cache") == f"{directory}: 0 entries, 0.0 MB\n"
+    assert _succeed("cache", run=_process) == f"{directory}: 0 entries, 0.0 MB\n"
     entry = directory / "scales-1234"
     entry.mkdir(parents=True)
     (entry / "weights").write_bytes(bytes(1_234_567))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from var_deploy.interpolation import area_matrix, bicubic_matrix
+from var_deploy.interpolation import area_matrix, bicubic_matrix, bilinear
 
 sizes = st.integers(1, 19)
 # Inputs in float64, of order 1, so that only the rounding of the float32 matrices is left: 6e-8 per entry, 16 taps.
@@ -36,6 +36,13 @@ def test_area_equals_torch(n_in, n_out):
     assert matrix.dtype == np.float32
     expected = F.interpolate(torch.from_numpy(x), size=(n_out, n_out), mode="area").numpy()
     np.testing.assert_allclose(matrix @ x @ matrix.T, expected, atol=ATOL, rtol=0)
+
+
+@given(n_in=sizes, n_out=sizes)
+def test_bilinear_equals_torch(n_in, n_out):
+    x = _map(n_in).astype(np.float32)
+    expected = F.interpolate(torch.from_numpy(x), size=(n_out, n_out), mode="bilinear").numpy()
+    np.testing.assert_allclose(bilinear(x, n_out), expected, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("matrix", [bicubic_matrix, area_matrix])
