@@ -48,18 +48,31 @@ ALLOWED_LAZILY = {
 #: The PyTorch engine is built on the kernels.
 TORCH_ENGINE = "var_deploy/engines/torch/"
 
-#: Loaded when an engine starts, or images are evaluated.
+#: Loaded when an engine starts, images are evaluated, or a cluster is used.
 ENGINES_ONLY = (
     "var_deploy/engines/onnx.py",
     "var_deploy/engines/onnx_cuda.py",
     "var_deploy/engines/winograd/",
     "var_deploy/evaluation/features.py",
     "var_deploy/evaluation/inception.py",
+    "var_deploy/samples/on_ray.py",
     TORCH_ENGINE,
 )
 
 #: Imported by the runtime only where an engine or a command starts, or not at all.
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "triton", "tensorrt", "sklearn", "tensorboard", "numba", "cuda")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "triton",
+    "tensorrt",
+    "sklearn",
+    "tensorboard",
+    "numba",
+    "cuda",
+    "ray",
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import bundles, evaluate, images, measure
+from .commands import bundles, evaluate, images, measure, sample
 from .commands.console import needs
 from .errors import run_command
 
@@ -38,6 +38,11 @@ for command in (
     bundles.triton_repo,
     bundles.inspect,
     images.generate,
+    images.edit,
+    images.vary,
+    images.encode,
+    images.reconstruct,
+    sample.sample,
     bundles.verify,
     measure.bench,
     evaluate.evaluate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("var_deploy")
+
+#: Seconds between two tries for a lock that is held briefly.
+_WAIT = 0.05
 
 
 def try_lock(file: TextIO) -> bool | None:
@@ -44,6 +48,19 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         held = try_lock(file)
         if held is False:
             raise RequestError(f"{path}: another process makes {what} here; wait until it has ended")
+        try:
+            yield
+        finally:
+            if held:
+                unlock(file)
+
+
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Holds a lock file, once no other process does; at once where there are no locks. Raises OSError."""
+    with path.open("w") as file:
+        while (held := try_lock(file)) is False:
+            time.sleep(_WAIT)
         try:
             yield
         finally:

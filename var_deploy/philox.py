@@ -11,7 +11,7 @@ import numpy as np
 _MULTIPLIER = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _LOW32 = np.uint64(0xFFFFFFFF)
-_STREAM_DRAW, _STREAM_GUMBEL = 0, 1
+_STREAM_DRAW, _STREAM_GUMBEL, _STREAM_INTEGER = 0, 1, 2
 
 
 def philox4x32(counter_N4: np.ndarray, seed: int) -> np.ndarray:
@@ -28,9 +28,19 @@ def philox4x32(counter_N4: np.ndarray, seed: int) -> np.ndarray:
 
 def uniforms(seed: int, begin: int, end: int) -> np.ndarray:
     """One uniform in [0, 1) per position of [begin, end): float64 [end − begin], 53 bits each."""
-    counter = np.zeros((end - begin, 4), dtype=np.uint32)
-    counter[:, 1] = np.arange(begin, end)
-    counter[:, 2] = _STREAM_DRAW
+    return _unit(seed, np.arange(begin, end), _STREAM_DRAW)
+
+
+def integers(seed: int, positions_N: np.ndarray, bound: int) -> np.ndarray:
+    """One uniform integer in [0, bound) per position, independent of the other numbers here: int64 [N]."""
+    return (_unit(seed, positions_N, _STREAM_INTEGER) * bound).astype(np.int64)
+
+
+def _unit(seed: int, positions_N: np.ndarray, stream: int) -> np.ndarray:
+    """Uniforms in [0, 1): float64 [N], 53 bits each."""
+    counter = np.zeros((len(positions_N), 4), dtype=np.uint32)
+    counter[:, 1] = positions_N
+    counter[:, 2] = stream
     words = philox4x32(counter, seed).astype(np.uint64)
     return ((words[:, 0] >> np.uint64(5)) * 2.0**26 + (words[:, 1] >> np.uint64(6))) * 2.0**-53
 

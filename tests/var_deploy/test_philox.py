@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from var_deploy.philox import gumbels, philox4x32, uniforms
+from var_deploy.philox import gumbels, integers, philox4x32, uniforms
 
 ONES = 0xFFFFFFFF
 
@@ -92,3 +92,19 @@ def test_draw_and_gumbel_streams_differ():
     uniform = uniforms(7, 0, 2000)
     open_unit = np.exp(-np.exp(-gumbels(7, 0, 2000, 1)[:, 0].astype(np.float64)))
     assert abs(np.corrcoef(uniform, open_unit)[0, 1]) < 5 / np.sqrt(2000)  # five standard errors
+
+
+@given(seeds, st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20), st.integers(1, 10**6))
+def test_an_integer_depends_on_seed_and_position_alone_and_stays_below_the_bound(seed, positions, bound):
+    numbers = integers(seed, np.array(positions), bound)
+    assert numbers.dtype == np.int64
+    assert ((numbers >= 0) & (numbers < bound)).all()
+    assert numbers.tolist() == [int(integers(seed, np.array([position]), bound)[0]) for position in positions]
+
+
+def test_integers_are_uniform_and_not_those_of_the_tokens():
+    positions, bound = np.arange(30_000), 7
+    counts = np.bincount(integers(3, positions, bound), minlength=bound)
+    assert (np.abs(counts - 30_000 / 7) < 5 * np.sqrt(30_000 / 7 * 6 / 7)).all()
+    same = integers(3, positions, bound) == (uniforms(3, 0, 30_000) * bound).astype(int)
+    assert abs(same.mean() - 1 / 7) < 5 * np.sqrt(1 / 7 * 6 / 7 / 30_000)  # as often as chance has it
