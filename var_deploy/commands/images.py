@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from .options import (
     BundlePath,
     EngineChoice,
     SamplingChoice,
+    class_labels,
     numbers,
     with_engine_options,
     with_sampling_options,
@@ -79,7 +79,7 @@ def generate(
     else:
         num_scales = pipe.bundle.manifest.var.num_scales
         frames: list[list[Image.Image]] = [[] for _ in range(num_scales)]
-        labels = _labels(pipe, classes)
+        labels = class_labels(pipe.bundle.manifest, classes or [])
         with _progress(refiner or pipe, len(labels or ()), None if steps_gif is None else frames) as on_scale:
             made = pipe.generate(
                 labels,
@@ -218,17 +218,11 @@ def reconstruct(
 # ---- in -------------------------------------------------------------------------------------------------------------
 
 
-def _labels(pipe: Pipeline, classes: list[str] | None) -> list[int | str]:
-    """As the library takes them: what is no name is an id."""
-    names = pipe.bundle.manifest.class_names or ()
-    return [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes or ()]
-
-
 def _labels_and_seeds(
     pipe: Pipeline, classes: list[str] | None, seed: int, count: int | None
 ) -> tuple[list[int | str] | None, list[int]]:
     """One image per class, or `count` of one class or none."""
-    labels = _labels(pipe, classes) or None
+    labels = class_labels(pipe.bundle.manifest, classes or []) or None
     B = count or len(labels or [None])
     if labels is not None and len(labels) not in (1, B):
         raise RequestError(f"--count: {count} for {len(labels)} classes; leave it out, or give one class")

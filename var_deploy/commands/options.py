@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from ..errors import RequestError
 
 if TYPE_CHECKING:
+    from ..bundle import Manifest
     from ..pipeline import Pipeline
     from ..schedules import Sampling
 
@@ -130,6 +132,12 @@ def _one_or_more(name: str, text: str | None, kind: type) -> Any:
         return None
     values = numbers(name, text, kind)
     return values if len(values) > 1 else values[0]
+
+
+def class_labels(manifest: Manifest, classes: list[str]) -> list[int | str]:
+    """As the library takes them: what is no name is an id."""
+    names = manifest.class_names or ()
+    return [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
 
 
 def with_options(parameter: str, choice: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -14,10 +13,10 @@ import typer
 
 from ..errors import RequestError
 from .console import needs, stderr
-from .options import BundlePath, EngineChoice, SamplingChoice, with_engine_options, with_sampling_options
+from .options import BundlePath, EngineChoice, SamplingChoice, class_labels, with_engine_options, with_sampling_options
 
 if TYPE_CHECKING:
-    from ..bundle import Manifest
+    pass
 
 
 @with_engine_options
@@ -71,7 +70,7 @@ def sample(
         count=count,
         balanced=balanced,
         seed=seed,
-        classes=_labels(opened.manifest, classes) if classes else None,
+        classes=class_labels(opened.manifest, classes) if classes else None,
         **sampling.options(opened.manifest.var.num_scales),
     )
     # Ray prints what befalls its workers, and standard output is for the result.
@@ -92,9 +91,3 @@ def sample(
         print(found.archive)
     elif npz:
         stderr().print(f"{found.missing:,} images of other shards are missing: the last to end writes the .npz")
-
-
-def _labels(manifest: Manifest, classes: list[str]) -> list[int | str]:
-    """As the library takes them: what is no name is an id."""
-    names = manifest.class_names or ()
-    return [c if c in names or not re.fullmatch("-?[0-9]+", c) else int(c) for c in classes]
