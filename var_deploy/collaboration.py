@@ -12,7 +12,9 @@ from .quantizer import Quantizer
 from .request import is_integer
 
 
-def check_partners(draft: Bundle, drafts: Quantizer, refiner: Bundle, refiners: Quantizer, draft_scales: int) -> None:
+def check_partners(
+    draft: Bundle, drafts: Quantizer, refiner: Bundle, refiners: Quantizer, draft_scales: int | None
+) -> None:
     """Refuses models that do not speak of the same codes, scales and classes. Raises RequestError."""
     ours, theirs = draft.manifest, refiner.manifest
     K = ours.var.num_scales
@@ -29,5 +31,5 @@ def check_partners(draft: Bundle, drafts: Quantizer, refiner: Bundle, refiners: 
         raise RequestError(
             f"refine: {differs} of {draft.path} and {refiner.path} differ; take models of the same VQVAE"
         )
-    if not is_integer(draft_scales) or not 1 <= draft_scales < K:
+    if draft_scales is None or not is_integer(draft_scales) or not 1 <= draft_scales < K:
         raise RequestError(f"draft_scales: got {draft_scales!r}, expected a number from 1 to {K - 1}")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .config import VQVAEConfig
 from .errors import RequestError
-from .images import fitted, one_frame
+from .images import fitted, upright_mask
 from .interpolation import area_matrix, bilinear
 from .request import is_number, listed
 
@@ -55,13 +55,11 @@ def region(
         return _box_region(box, config.latent_size)[None]
     several = isinstance(mask, list | tuple) or (isinstance(mask, np.ndarray) and mask.ndim == 3)
     masks: list[Any] = list(mask) if mask is not None and several else [mask]
-    if sizes is not None and len(masks) not in (1, len(sizes)):
-        raise RequestError(f"mask: {len(masks)} for {len(sizes)} images; give one, or one per image")
-    if sizes is None or len(sizes) == 1:
-        own = [None if sizes is None else sizes[0]] * len(masks)
-    elif len(masks) == 1:  # for all pictures: of their size only where they have the same
-        own = [sizes[0] if len(set(sizes)) == 1 else None]
-    else:
+    if not masks:
+        raise RequestError("mask: got none, expected one, or one per image")
+    # A mask for several pictures is of their own size only where they have the same.
+    own: list[tuple[int, int] | None] = [sizes[0] if sizes and len(set(sizes)) == 1 else None] * len(masks)
+    if sizes is not None and len(sizes) == len(masks):
         own = list(sizes)
     return np.stack([_mask_region(one, size, config) for one, size in zip(masks, own, strict=True)])
 
@@ -103,6 +101,8 @@ def _box_region(box: Sequence[float], h: int) -> np.ndarray:
         raise RequestError(f"box: got {box!r}, expected y0 ≤ y1 and x0 ≤ x1")
     inside_hh = np.zeros((h, h), dtype=np.float32)
     inside_hh[round(y0 * h) : round(y1 * h), round(x0 * h) : round(x1 * h)] = 1
+    if y0 < y1 and x0 < x1 and not inside_hh.any():
+        raise RequestError(f"box: got {box!r}, which covers no token of {h}×{h}; make it larger")
     return inside_hh
 
 
@@ -119,14 +119,20 @@ def _mask_region(mask: Any, size: tuple[int, int] | None, config: VQVAEConfig) -
         own = "" if size is None else f"the picture's {size[0]}×{size[1]}, "
         raise RequestError(f"mask: got {W}×{H}, expected {own}{R}×{R}, or {h}×{h}, one value per token")
     shrink = area_matrix(R, h)
-    return (shrink @ values_HW @ shrink.T).clip(0, 1).astype(np.float32)
+    region_hh = (shrink @ values_HW @ shrink.T).clip(0, 1).astype(np.float32)
+    if values_HW.any() and not (region_hh > 0.5).any():
+        raise RequestError(f"mask: sets less than half of every token of {h}×{h}; make it larger")
+    return region_hh
 
 
 def _mask_values(mask: Any) -> np.ndarray:
     """float32 [H, W] in [0, 1]."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(one_frame(mask, "mask").convert("L"))
-    values = np.asarray(mask)
+        mask = upright_mask(mask)
+    try:
+        values = np.asarray(mask)
+    except ValueError as error:  # rows of several lengths
+        raise RequestError(f"mask: expected a picture or an array ({error})") from error
     if values.ndim != 2 or not values.size:
         raise RequestError(f"mask: array of shape {values.shape}, expected two axes, or three for one mask per image")
     if values.dtype == np.uint8:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from .errors import RequestError
+
+#: What turns a picture upright, by its EXIF orientation.
+_UPRIGHT = {
+    value: partial(Image.Image.transpose, method=method)
+    for value, method in {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.items()
+}
 
 
 def images_from_pixels(pixels_B3RR: np.ndarray) -> list[Image.Image]:
@@ -45,8 +60,15 @@ def picture_sizes(images: Sequence[Image.Image] | np.ndarray) -> list[tuple[int,
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
+    return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
+
+
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF tag says; 1, which is upright, where that cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # metadata from anywhere, whose reader raises many kinds
+        return 1
 
 
 def fitted(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
@@ -57,23 +79,35 @@ def fitted(image: Image.Image, size: int, resampling: Image.Resampling) -> Image
     return ImageOps.fit(image, (size, size), resampling)
 
 
-def one_frame(image: Image.Image, what: str) -> Image.Image:
-    """The picture upright, as its EXIF tag says. Raises RequestError for an animation."""
-    if (frames := getattr(image, "n_frames", 1)) > 1:
-        raise RequestError(f"{what}: an animation of {frames} frames, expected a still picture; save one of them")
-    return ImageOps.exif_transpose(image)
-
-
 def upright_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright: 16-bit grey keeps its high byte, what is transparent lies on white. Raises RequestError."""
-    image = one_frame(image, "images")
-    if image.mode == "F":
-        raise RequestError("images: a picture of floats, expected 8 or 16 bits; give an array in [0, 1]")
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    image = _eight_bits(image, "images")
     if not image.has_transparency_data:
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def upright_mask(image: Image.Image) -> Image.Image:
+    """8-bit grey, upright: 16-bit grey keeps its high byte, what is transparent is not set. Raises RequestError."""
+    image = _eight_bits(image, "mask")
+    if not image.has_transparency_data:
+        return image.convert("L")
+    *_, alpha = image.convert("RGBA").split()
+    return ImageChops.multiply(image.convert("RGBA").convert("L"), alpha)
+
+
+def _eight_bits(image: Image.Image, what: str) -> Image.Image:
+    """One still picture, upright as its EXIF tag says, of 8 bits a channel. Raises RequestError."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph with another beside it, as telephones make them
+        kind = "a file of {} pages" if image.format == "TIFF" else "an animation of {} frames"
+        raise RequestError(f"{what}: {kind.format(frames)}, expected a still picture; save one of them")
+    if image.mode == "F":
+        raise RequestError(f"{what}: a picture of floats, expected 8 or 16 bits; give an array in [0, 1]")
+    turn = _UPRIGHT.get(_orientation(image))
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image if turn is None else turn(image)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:

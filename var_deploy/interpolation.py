@@ -1,4 +1,4 @@
-"""Resampling between token-map sizes as small matrices: y = M·x along rows, then along columns.
+"""Resampling between token-map sizes, mostly as small matrices: y = M·x along rows, then along columns.
 
 Both interpolations of the multi-scale quantiser are separable, so a scale's enlargement and shrinking are two matrix
 products each. Exporter and runtime take the matrices from here; tests hold them to PyTorch's `interpolate`.

@@ -157,7 +157,7 @@ class Pipeline:
             return self._request(labels_B, seed_list, settings, given, on_scale)
         if given is not None:
             raise RequestError("generate: prefix_tokens with refine; give the tokens to the refiner alone")
-        check_partners(self.bundle, self.quantizer, refine.bundle, refine.quantizer, draft_scales)
+        self._check_partner(refine, draft_scales)
         return self._refined(refine, draft_scales, labels_B, seed_list, settings, on_scale)
 
     def edit(
@@ -176,19 +176,20 @@ class Pipeline:
         """Redraws a part of pictures; the rest keeps its tokens (VAR paper, section 5.3, zero-shot).
 
         images: as `encode` takes them, or one picture; labels: class ids or names, None for no class; one picture, one
-        label and one seed serve for all images. box: (y0, x0, y1, x1), parts of the picture's sides from 0 to 1. mask:
-        instead of a box, one or one per picture, set where the box would be (see `editing.region`). mode: "inpaint"
-        redraws that region, "outpaint" keeps it and redraws the rest. composite: put the original's pixels back where
-        it was kept, with a seam of one token's width; else all pixels come from the decoder, which also changes those
-        that were kept, as `reconstruct` does. preset="paper-edit" are the published settings. Without a class guidance
-        has nothing to do and is left out. Raises RequestError.
+        mask and one label serve for all images, and seeds count up from one integer. box: (y0, x0, y1, x1), parts of
+        the picture's sides from 0 to 1. mask: instead of a box, one or one per picture, set where the box would be (see
+        `editing.region`). mode: "inpaint" redraws that region, "outpaint" keeps it and redraws the rest. composite: put
+        the original's pixels back where it was kept, with a seam of one token's width; else all pixels come from the
+        decoder, which also changes those that were kept, as `reconstruct` does. preset="paper-edit" are the published
+        settings. Without a class guidance has nothing to do and is left out. Raises RequestError.
         """
         config = self.bundle.manifest.vqvae
         outpaint = Mode.parse(mode) is Mode.OUTPAINT
         pictures = [images] if isinstance(images, Image.Image) else images
         region_Bhh = region(box, mask, picture_sizes(pictures), config)
         pixels_B3RR = pixels_from_images(pictures, config.image_size)
-        B = request.common_count(images=len(pixels_B3RR), masks=len(region_Bhh), labels=labels, seeds=seeds)
+        counts = {"images": len(pixels_B3RR), "masks": len(region_Bhh)}
+        B = request.common_count(**counts, labels=request.count_of(labels), seeds=request.count_of(seeds))
         keep_Bhh = request.repeated(region_Bhh if outpaint else 1 - region_Bhh, B)
         kept_BL = kept_positions(keep_Bhh, config)
         tokens_BL = request.repeated(np.concatenate(self._tokens(pixels_B3RR), axis=1), B)
@@ -214,14 +215,15 @@ class Pipeline:
     ) -> Generation:
         """Keeps the coarse scales of pictures and redraws scale `from_scale` and all finer ones.
 
-        from_scale: from 1 to K − 1, counted from 0 at the coarsest. One picture, one label and one seed serve for all
-        images; labels: None for no class. Raises RequestError.
+        from_scale: from 1 to K − 1, counted from 0 at the coarsest. One picture and one label serve for all images, and
+        seeds count up from one integer; labels: None for no class. Raises RequestError.
         """
         var = self.bundle.manifest.var
         if not request.is_integer(from_scale) or not 1 <= from_scale < var.num_scales:
             raise RequestError(f"from_scale: got {from_scale!r}, expected a scale from 1 to {var.num_scales - 1}")
         tokens = self.encode([images] if isinstance(images, Image.Image) else images)
-        B = request.common_count(images=len(tokens[0]), labels=labels, seeds=seeds)
+        counts = {"labels": request.count_of(labels), "seeds": request.count_of(seeds)}
+        B = request.common_count(images=len(tokens[0]), **counts)
         tokens_BL = request.repeated(np.concatenate(tokens, axis=1), B)
         tokens_BL[:, var.span(from_scale)[0] :] = DRAWN
         given = Given.of_tokens(tokens_BL, self.quantizer.codebook_VC)
@@ -230,11 +232,13 @@ class Pipeline:
     def remake(self, recipes: Sequence[Recipe], *, refine: Pipeline | None = None) -> Generation:
         """The images of recipes again, which must have the same settings; refine: the refiner, where they had one.
 
-        The same to the bit with the same engine, precision and library versions, in float32 with any batch; other
-        engines round otherwise, which may change a token. Raises RequestError.
+        Equal to the bit where an image does not depend on its batch (see `generate`) and engine, its options, device
+        and library versions are the same; else up to rounding, which may change a token. Raises RequestError.
         """
         check_recipes(recipes, self.bundle, None if refine is None else refine.bundle)
         first = recipes[0]
+        if refine is not None:
+            self._check_partner(refine, first.draft_scales)
         labels_B = np.array([recipe.label for recipe in recipes], dtype=np.int64)
         seeds = [recipe.seed for recipe in recipes]
         if refine is not None and first.draft_scales is not None:
@@ -244,6 +248,11 @@ class Pipeline:
             tokens_BL = np.array([recipe.given for recipe in recipes], dtype=np.int64)
             given = Given.of_tokens(tokens_BL, self.quantizer.codebook_VC)
         return self._request(labels_B, seeds, first.settings, given, None)
+
+    def _check_partner(self, refiner: Pipeline, draft_scales: int | None) -> None:
+        if not isinstance(refiner, Pipeline):
+            raise RequestError(f"refine: got {type(refiner).__name__}, expected a loaded bundle")
+        check_partners(self.bundle, self.quantizer, refiner.bundle, refiner.quantizer, draft_scales)
 
     # ---- how they run ------------------------------------------------------------------------------------------------
 
@@ -320,7 +329,15 @@ class Pipeline:
         seconds = time.perf_counter() - began
         made = refiner._request(labels_B, seeds, settings, draft, on_scale)
         recipes = (
-            replace(recipe, bundle=self.bundle.digest, refiner=refiner.bundle.digest, draft_scales=scales, given=None)
+            replace(
+                recipe,
+                bundle=self.bundle.digest,
+                refiner=refiner.bundle.digest,
+                draft_scales=scales,
+                given=None,
+                engine=f"{self.engine.name}+{recipe.engine}",
+                precision=f"{self.engine.precision}+{recipe.precision}",
+            )
             for recipe in made.recipes
         )
         return replace(made, timings={"draft": seconds} | made.timings, recipes=tuple(recipes))

@@ -74,7 +74,10 @@ def token_pyramid(tokens: Sequence[np.ndarray], config: VQVAEConfig) -> list[np.
 
 def prefix(tokens: Sequence[np.ndarray], count: int, config: VQVAEConfig) -> np.ndarray:
     """Tokens of the first few scales, for one image or all → int64 [B, L], DRAWN at the other positions."""
-    rows = [np.atleast_2d(np.asarray(scale)) for scale in listed(tokens)[0]]
+    try:
+        rows = [np.atleast_2d(np.asarray(scale)) for scale in listed(tokens)[0]]
+    except ValueError as error:  # rows of several lengths
+        raise RequestError(f"prefix_tokens: expected integers [images, tokens] by scale ({error})") from error
     checked = token_pyramid(rows, config)
     if len(checked) == config.num_scales:
         raise RequestError("prefix_tokens: all scales are given, so there is nothing to draw; use decode")
@@ -85,17 +88,19 @@ def prefix(tokens: Sequence[np.ndarray], count: int, config: VQVAEConfig) -> np.
     return repeated(prefix_BL, count)
 
 
-def common_count(**given: Any) -> int:
+def count_of(value: Any) -> int:
+    """Entries of a sequence, or 1."""
+    entries, several = listed(value)
+    return len(entries) if several else 1
+
+
+def common_count(**counts: int) -> int:
     """How many images a request is for, of which one thing may serve for all: pictures, labels, seeds."""
-    counts = {}
-    for name, value in given.items():
-        entries, several = listed(value)
-        counts[name] = value if name in ("images", "masks") else len(entries) if several else 1
     most = max(counts.values())
     if wrong := [f"{count} {name}" for name, count in counts.items() if count not in (1, most)]:
         said = " and ".join([*wrong, *(f"{count} {name}" for name, count in counts.items() if count == most)])
         raise RequestError(f"got {said}; give one, or as many as there are images")
-    return int(most)
+    return most
 
 
 def repeated(array: np.ndarray, count: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def settings(
     preset: str | None = None,
 ) -> Settings:
     """Checked settings of a request; None takes the preset's value, then the bundle's default. Raises RequestError."""
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise RequestError(f"preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
     defaults, K = manifest.sampling, manifest.var.num_scales
     silent = {"guidance": defaults.guidance, "top_k": defaults.top_k, "top_p": defaults.top_p}

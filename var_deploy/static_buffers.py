@@ -89,7 +89,10 @@ def fill_request(
 
 
 def given_specs(var: VARConfig, batch: int) -> list[TensorSpec]:
-    """Tokens that are not drawn (−1 elsewhere) and their codes; only where a request has such."""
+    """Tokens that are not drawn (−1 elsewhere) and their codes: 92 kB an image at 256 px.
+
+    Allocated by the first request that gives tokens, and no part of the plan.
+    """
     L = var.num_tokens
     return [
         TensorSpec("tokens_BL", "int64", (batch, L)),

@@ -71,11 +71,12 @@ def generate(
     refiner = None if refine is None else run.load(refine)
     if recipes is not None:
         made = pipe.remake(recipes, refine=refiner)
-        if (first := recipes[0]) and (first.engine, first.precision) != (pipe.engine.name, str(pipe.engine.precision)):
-            stderr().print(
-                f"made by engine {first.engine} in {first.precision}, now by {pipe.engine.name} in "
-                f"{pipe.engine.precision}: rounding may change a token"
+        before, now = recipes[0], made.recipes[0]
+        if (before.engine, before.precision) != (now.engine, now.precision):
+            said = (
+                f"made by engine {before.engine!r} in {before.precision!r}, now by {now.engine!r} in {now.precision!r}"
             )
+            stderr().print(f"{said}: rounding may change a token", markup=False)
     else:
         num_scales = pipe.bundle.manifest.var.num_scales
         frames: list[list[Image.Image]] = [[] for _ in range(num_scales)]
@@ -212,7 +213,7 @@ def reconstruct(
         opened = [picture_from_file(source) for source in sources]
         pixels_B3RR = run.load(bundle).reconstruct(opened)
     names = [source.stem for source in sources] if len(sources) == len(pixels_B3RR) else [""] * len(pixels_B3RR)
-    write_pictures(out, images_from_pixels(pixels_B3RR), names, {})
+    write_pictures(out, images_from_pixels(pixels_B3RR), names)
 
 
 # ---- in -------------------------------------------------------------------------------------------------------------
@@ -261,13 +262,10 @@ def _progress(
 
 def _save(pipe: Pipeline, made: Generation, out: Path) -> None:
     """One picture of all images, or one each in a directory; a PNG says how it was made."""
-    from ..recipe import png_info
-
     names = []
     for recipe in made.recipes:
         classes = pipe.bundle.manifest.class_names
         label = "null" if recipe.label == pipe.bundle.manifest.var.null_class else str(recipe.label)
         name = classes[recipe.label] if classes and label != "null" else label
         names.append("".join(c if c.isalnum() or c in "-_" else "_" for c in f"{name}_seed{recipe.seed}"))
-    together = {"pnginfo": png_info(made.recipes)}
-    write_pictures(out, made.images, names, together, [{"pnginfo": recipe.png_info()} for recipe in made.recipes])
+    write_pictures(out, made.images, names, made.recipes)

@@ -51,7 +51,7 @@ Guidance = Annotated[str | None, typer.Option(help="Strength at the last scale, 
 Temperature = Annotated[str | None, typer.Option(help="Divides the logits; one, or one per scale.")]
 TopK = Annotated[str | None, typer.Option(help="Keep the k likeliest tokens; 0 is off; one, or one per scale.")]
 TopP = Annotated[str | None, typer.Option(help="Then keep probability p; 0 is off; one, or one per scale.")]
-Smooth = Annotated[bool, typer.Option("--smooth", help="Mix codes instead of drawing one.")]
+Smooth = Annotated[bool | None, typer.Option("--smooth/--no-smooth", help="Mix codes instead of drawing one.")]
 SmoothScales = Annotated[str | None, typer.Option(metavar="K,K,…", help="At these scales alone, counted from 0.")]
 Preset = Annotated[str | None, typer.Option(help="Published settings: paper-fid, paper-visual or paper-edit.")]
 
@@ -95,17 +95,17 @@ class SamplingChoice:
     temperature: Temperature = None
     top_k: TopK = None
     top_p: TopP = None
-    smooth: Smooth = False
+    smooth: Smooth = None
     smooth_scales: SmoothScales = None
     preset: Preset = None
 
     def options(self, num_scales: int) -> Sampling:
         """Raises RequestError for what is no number; what the numbers may be is checked where a request enters."""
-        smooth: bool | list[bool] | None = self.smooth or None
+        smooth: bool | list[bool] | None = self.smooth
         if self.smooth_scales is not None:
             scales = numbers("smooth-scales", self.smooth_scales, int)
-            if self.smooth or not all(0 <= k < num_scales for k in scales):
-                got = f"{self.smooth_scales} and --smooth" if self.smooth else self.smooth_scales
+            if self.smooth is not None or not all(0 <= k < num_scales for k in scales):
+                got = self.smooth_scales if self.smooth is None else f"{self.smooth_scales} and --smooth or --no-smooth"
                 raise RequestError(f"smooth-scales: got {got}, expected scales from 0 to {num_scales - 1} instead")
             smooth = [k in scales for k in range(num_scales)]
         return {

@@ -119,6 +119,10 @@ class LoopResult:
     timings: dict[str, float]  #: seconds per stage
 
 
+#: Forms whose graphs are kept for a batch size; another takes the place of the one that was not asked for longest.
+MAX_FORMS = 8
+
+
 @dataclass(frozen=True, slots=True)
 class LoopForm:
     """What decides which launches a generation is made of: one CUDA graph, or one list of them, for each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,45 @@ def test_odd_pictures_are_read_for_what_they_show(run, tmp_path, kind):
             np.testing.assert_array_equal(got[name], expected[name])
 
 
+def test_a_photograph_with_another_beside_it_is_a_picture(run, tmp_path):
+    """As telephones write them, with a map of depths or brightness."""
+    first, second = Image.new("RGB", (64, 64), (9, 99, 199)), Image.new("RGB", (32, 32))
+    first.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[second])
+    first.save(tmp_path / "plain.jpg")
+    for name in ("phone", "plain"):
+        run("encode", tmp_path / f"{name}.jpg", "--out", tmp_path / f"{name}.npz")
+    with np.load(tmp_path / "phone.npz") as got, np.load(tmp_path / "plain.npz") as expected:
+        np.testing.assert_array_equal(got["scale_03"], expected["scale_03"])
+
+
+def test_metadata_that_cannot_be_read_turns_nothing(pipe, tmp_path):
+    picture = Image.new("RGB", (64, 32), (9, 99, 199))
+    picture.save(tmp_path / "bad.png", exif=b"not a header at all")
+    with Image.open(tmp_path / "bad.png") as image:
+        for ours, theirs in zip(pipe.encode([image]), pipe.encode([picture]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_smoothness_of_a_preset_can_be_switched_off(run, pipe, tmp_path):
+    for options, smooth in (([], True), (["--no-smooth"], False)):
+        run("generate", "--class", 3, "--preset", "paper-edit", *options, "--out", tmp_path / "out.png")
+        expected = pipe.generate([3], preset="paper-edit", smooth=smooth).images[0]
+        np.testing.assert_array_equal(pixels(tmp_path / "out.png"), np.asarray(expected))
+
+
+def test_a_recipe_says_who_drew_what(run, tiny_bundle, tmp_path):
+    """A note on rounding only where an engine is another one."""
+    options = ["--refine", tiny_bundle, "--draft-scales", 2]
+    run("generate", "--class", 3, *options, "--out", tmp_path / "both.png")
+    (recipe,) = recipes_from_png(tmp_path / "both.png")
+    assert (recipe.engine, recipe.precision) == ("onnx+onnx", "fp32+fp32")
+    for engine, noted in (("onnx", False), ("torch", True)):
+        again = ["--like", tmp_path / "both.png", "--refine", tiny_bundle, "--engine", engine, "--device", "cpu"]
+        done = CliRunner().invoke(app, ["generate", *map(str, [tiny_bundle, *again, "--out", tmp_path / "again.png"])])
+        assert done.exit_code == 0
+        assert ("made by engine 'onnx+onnx' in 'fp32+fp32', now by" in done.stderr.replace("\n", " ")) is noted
+
+
 def test_what_is_transparent_lies_on_white(pipe):
     clear, white = Image.new("RGBA", (64, 64), (0, 0, 0, 0)), Image.new("RGB", (64, 64), "white")
     for ours, theirs in zip(pipe.encode([clear]), pipe.encode([white]), strict=True):
@@ -183,9 +223,17 @@ def test_wrong_files_and_options_are_one_line(run, picture, tmp_path):
     np.savez(tokens, scale_01=np.zeros((1, 4), int))
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, scale_00=np.array([object()]))
+    array, huge, pages, postscript = (tmp_path / name for name in ("a.npz", "b.npz", "two.tiff", "eps.png"))
+    with array.open("wb") as file:
+        np.save(file, np.zeros((1, 1), int))
+    with zipfile.ZipFile(huge, "w") as archive:
+        header = "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 1), }".ljust(117) + "\n"
+        archive.writestr("scale_00.npy", b"\x93NUMPY\x01\x00v\x00" + header.encode())
+    frames[0].save(pages, save_all=True, append_images=frames[1:])
+    frames[0].save(postscript, format="EPS")
     out, box = ["--out", tmp_path / "out.png"], ["--box", "0,0,1,1"]
     for command, arguments, message in [
-        ("edit", [text, *box, *out], f"{text}: no picture format that Pillow knows; give PNG, JPEG or WebP"),
+        ("edit", [text, *box, *out], f"{text}: no picture format that is read; give PNG, JPEG or WebP"),
         (
             "edit",
             [tmp_path / "none.png", *box, *out],
@@ -201,7 +249,11 @@ def test_wrong_files_and_options_are_one_line(run, picture, tmp_path):
         ("edit", [picture, "--box", "0,0,1", *out], "box: got [0.0, 0.0, 1.0], expected (y0, x0, y1, x1)"),
         ("edit", [picture, "--box", "a,b", *out], "box: got 'a,b', expected numbers like 0,0.5,1"),
         ("edit", [picture, "--mask", animation, *out], "mask: an animation of 2 frames"),
-        ("edit", [picture, "--mask", floats, *out], "mask: got 8×8, expected the picture's 90×64, 64×64, or 4×4"),
+        (
+            "edit",
+            [picture, "--mask", floats, *out],
+            "mask: a picture of floats, expected 8 or 16 bits; give an array in [0, 1]",
+        ),
         (
             "edit",
             [picture, *box, "--class", 1, "--class", 2, "--count", 3, *out],
@@ -209,8 +261,13 @@ def test_wrong_files_and_options_are_one_line(run, picture, tmp_path):
         ),
         ("vary", [picture, "--from-scale", 4, *out], "from_scale: got 4, expected a scale from 1 to 3"),
         ("encode", [picture, "--out", tmp_path / "a.pt"], "a.pt: tokens are written as NumPy's .npz"),
-        ("reconstruct", [tokens, *out], f"{tokens}: holds scale_01, expected scale_00, scale_01, …"),
+        ("reconstruct", [tokens, *out], f"{tokens}: holds 'scale_01', expected scale_00, scale_01, …"),
         ("reconstruct", [pickled, *out], f"{pickled}: cannot be read as tokens (Object arrays cannot be loaded"),
+        ("reconstruct", [array, *out], f"{array}: cannot be read as tokens (File is not a zip file); write it with"),
+        ("reconstruct", [huge, *out], f"{huge}: cannot be read as tokens ("),
+        ("edit", [pages, *box, *out], "images: a file of 2 pages, expected a still picture; save one of them"),
+        ("edit", [postscript, *box, *out], f"{postscript}: no picture format that is read; give PNG, JPEG or WebP"),
+        ("edit", [picture, "--box", "0.4,0,0.6,1", *out], "which covers no token of 4×4; make it larger"),
         ("reconstruct", [tokens, picture, *out], "2 files, expected pictures, or one .npz alone"),
         ("generate", [*out], "generate: got no class; give --class, once per image, or --like"),
         ("generate", ["--like", picture, *out], f"{picture}: does not say how it was made"),

@@ -37,7 +37,7 @@ from ...static_buffers import (
     nbytes,
     output_specs,
 )
-from ..engine import LoopForm, LoopResult, ScaleListener
+from ..engine import MAX_FORMS, LoopForm, LoopResult, ScaleListener
 from .buffers import Buffers, GraphRunner, Launch, loop_specs
 from .device import Device, Packed, Tensor
 from .kernels import Kernels
@@ -334,9 +334,13 @@ class CudaLoopEngine(CudaEngine):
             slot = self._slots[key]
             if form.given and slot.given is None:
                 slot.given = self.device.packed(given_specs(self._var, bucket))
-            if form not in slot.stages:
-                slot.stages[form] = self._made(slot, form)
-            return slot, slot.stages[form]
+            stages = slot.stages.pop(form, None)
+            if stages is None:
+                stages = self._made(slot, form)
+                if len(slot.stages) == MAX_FORMS:
+                    del slot.stages[next(iter(slot.stages))]
+            slot.stages[form] = stages  # the last asked for is the last in the order
+            return slot, stages
 
         return self._with_room(rows, make)
 

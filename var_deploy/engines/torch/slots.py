@@ -24,7 +24,7 @@ from ...static_buffers import (
     generation_bytes,
     nbytes,
 )
-from ..engine import LoopForm
+from ..engine import MAX_FORMS, LoopForm
 from .buffers import Buffers, DecodeBuffers
 from .graphs import Launch, captured, give_back_memory, out_of_memory
 from .program import Program, Stage
@@ -100,7 +100,11 @@ class Slots:
         stages = self._program.stages(slot.buffers, slot.decode, form)
         if self._stream is None:
             return slot, stages
-        if form not in slot.graphs:
+        if form in slot.graphs:
+            slot.graphs[form] = slot.graphs.pop(form)  # the last asked for is the last in the order
+        else:
+            if len(slot.graphs) == MAX_FORMS:
+                del slot.graphs[next(iter(slot.graphs))]
             log.info("capturing %s for batch %d", "a graph per stage" if form.staged else "one graph", bucket)
             if not form.staged:
                 stages = [Stage("replay", partial(_launch_all, stages))]
