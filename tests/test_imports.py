@@ -37,6 +37,7 @@ ALLOWED_LAZILY = {
     "var_deploy/commands/bundles.py": ("var_export",),
     "var_deploy/commands/evaluate.py": ("var_export",),
     "var_deploy/commands/measure.py": ("var_export",),
+    "var_deploy/commands/report.py": ("var_export",),
     "var_deploy/bench/device.py": ("var_kernels",),
     "var_deploy/bench/gpu.py": ("var_kernels",),
     "var_deploy/bench/suite.py": ("var_export", "var_kernels", "var_train"),

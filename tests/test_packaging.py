@@ -69,6 +69,10 @@ def test_every_module_is_inside_and_nothing_else_of_python(names):
     assert {name for name in names if name.endswith(".py")} == expected
 
 
+def test_the_template_of_the_quality_report_is_inside(names):
+    assert [name for name in names if name.endswith(".jinja")] == ["var_deploy/quality_report/page.html.jinja"]
+
+
 def test_no_tests_and_no_weights_are_inside(names):
     assert not [name for name in names if "test" in name or "golden" in name or name.endswith((".safetensors", ".pth"))]
 

@@ -96,6 +96,21 @@ def test_images_are_those_of_the_cpu_engine(loaded, reference, engine, name):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_given_tokens_and_drafts(loaded, reference, engine):
+    pipe = loaded(engine)
+    images = np.random.default_rng(0).random((3, 3, 64, 64), dtype=np.float32)
+    edit: dict[str, Any] = {"box": (0, 0, 0.5, 1), "labels": [1, 2, 3], "seeds": 3, "guidance": [0, 1, 2, 0]}
+    for got, expected in [
+        (pipe.edit(images, **edit), reference.edit(images, **edit)),
+        (pipe.generate([1, 2], refine=reference, draft_scales=2), reference.generate([1, 2])),
+        (reference.generate([1, 2], refine=pipe, draft_scales=2), reference.generate([1, 2])),
+    ]:
+        for got_Bn, expected_Bn in zip(got.tokens, expected.tokens, strict=True):
+            np.testing.assert_array_equal(got_Bn, expected_Bn)
+        np.testing.assert_allclose(got.pixels, expected.pixels, atol=PIXELS, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_replays_give_the_same_again_and_previews_see_every_scale(loaded, engine):
     pipe, heard = loaded(engine), []
     first = pipe.generate([1, 2], seeds=3)

@@ -82,6 +82,14 @@ def test_images_are_those_of_the_cpu_engine(cuda, pipe, onnx, name):
     assert cuda.graph_launches == 0  # the provider captures graphs itself
 
 
+def test_given_tokens_and_drafts(pipe, onnx):
+    images = np.random.default_rng(0).random((2, 3, 64, 64), dtype=np.float32)
+    edit: dict[str, Any] = {"box": (0, 0, 0.5, 1), "labels": [1, 2], "seeds": 3, "smooth": [False, True, False, False]}
+    assert_same(pipe.edit(images, **edit), onnx.edit(images, **edit), 1e-3)  # τ magnifies a sum in another order
+    assert_same(pipe.generate([1, 2], refine=onnx, draft_scales=2), onnx.generate([1, 2]))
+    assert_same(onnx.generate([1, 2], refine=pipe, draft_scales=2), onnx.generate([1, 2]))
+
+
 def test_draws_on_the_host_and_previews(pipe, tiny_bundle, onnx):
     heard: list[Any] = []
     asked = REQUESTS["ends-in-zeros"]

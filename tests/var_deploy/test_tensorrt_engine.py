@@ -7,6 +7,7 @@ to give the images of the onnx engine. No plan is built and no GPU used.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import sys
@@ -25,6 +26,7 @@ from var_deploy import Pipeline, load, schedules
 from var_deploy.bench.device import cuda_clock
 from var_deploy.bench.run import bench
 from var_deploy.engines import tensorrt_library
+from var_deploy.engines.engine import MAX_FORMS
 from var_deploy.errors import EngineError
 from var_deploy.plans import Batch, Layout
 from var_deploy.sampling import Settings
@@ -134,6 +136,16 @@ def test_given_tokens_and_schedules(host, pipe, onnx):
         assert_same(both, onnx.generate([1, 2], seeds=3, smooth=smooth), smooth=True)
         other_way = onnx.generate([1, 2], seeds=3, refine=pipe, draft_scales=2, smooth=smooth)
         assert_same(other_way, onnx.generate([1, 2], seeds=3, smooth=smooth), smooth=True)
+
+
+def test_graphs_of_few_forms_are_kept(bundle):
+    """Every pattern of scales that mix codes is a graph of its own; the last ones asked for stay."""
+    pipe = load(bundle, engine="tensorrt")
+    patterns = list(itertools.product([False, True], repeat=4))
+    for smooth in patterns:
+        pipe.generate([1], seeds=3, smooth=list(smooth))
+    (smooth_slot,) = (slot for key, slot in pipe.engine._slots.items() if key[2])
+    assert [form.smooths for form in smooth_slot.stages] == patterns[-MAX_FORMS:]
 
 
 @pytest.mark.parametrize("name", ["defaults", "ends-in-zeros"])

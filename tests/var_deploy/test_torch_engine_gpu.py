@@ -19,12 +19,13 @@ import torch.nn.functional as F
 
 import var_deploy
 from var_deploy.config import VARConfig, VQVAEConfig
+from var_deploy.engines.engine import LoopForm
 from var_deploy.engines.torch import TorchEngine
 from var_deploy.errors import EngineError
 from var_deploy.images import images_from_pixels
 from var_deploy.pipeline import Generation, Pipeline, Preview
 from var_deploy.precision import Precision
-from var_deploy.request import settings as checked_settings
+from var_deploy.schedules import settings as checked_settings
 from var_deploy.static_buffers import decode_specs, decoder_activation_bytes, generation_bytes, nbytes
 from var_export.bundle import bundle_from_checkpoint, write_bundle
 from var_export.verify import verify_bundle
@@ -209,19 +210,16 @@ def _eager(pipe: Pipeline, request: dict[str, Any]) -> tuple[np.ndarray, np.ndar
     """(tokens, pictures, pixels) of the stages launched one by one on the buffers that the graphs were captured on."""
     engine, manifest, B = _engine(pipe), pipe.bundle.manifest, len(request["labels"])
     names = ("guidance", "top_k", "top_p", "smooth", "temperature")
-    asked = {name: request.get(name) for name in names[:3]}
-    settings = checked_settings(
-        manifest, **asked, smooth=request.get("smooth", False), temperature=request.get("temperature", 1.0)
-    )
+    settings = checked_settings(manifest, **{name: request.get(name) for name in names})
     seeds = var_deploy.request.seed_list(request.get("seeds", 0), B)
     with engine._running():
-        slot, _ = engine._slots.ready(B, settings, staged=False)
+        slot, _ = engine._slots.ready(B, LoopForm.of(settings))
         buffers, decode = slot.buffers, slot.decode
         buffers.tokens_BL.fill_(-1)
         decode.pixels_B3RR.fill_(torch.nan)
         buffers.fill(np.array(request["labels"]), seeds, settings)
         buffers.inputs.upload()
-        for stage in engine._program.stages(buffers, decode, settings.guided_scales):
+        for stage in engine._program.stages(buffers, decode, LoopForm.of(settings)):
             stage.launch()
         torch.cuda.synchronize(GPU)
         return (
@@ -241,6 +239,29 @@ def test_a_replay_equals_its_stages_launched_one_by_one(load, name, precision):
     np.testing.assert_array_equal(_pictures(replayed), pictures)
     np.testing.assert_array_equal(replayed.pixels, pixels)
     _assert_same(_ask(pipe, request), replayed)
+
+
+def test_given_tokens_drafts_and_schedules_are_captured_too(load, onnx):
+    """On a batch that a bucket pads, after and before requests that give nothing, with and without previews."""
+    pipe = load(Precision.FP32)
+    images = np.random.default_rng(0).random((3, 3, 64, 64), dtype=np.float32)
+    edit: dict[str, Any] = {"box": (0, 0, 0.5, 1), "labels": [1, 2, 3], "seeds": 3, "guidance": [0, 1, 2, 0]}
+    scheduled: dict[str, Any] = {
+        "labels": [1, 2, 3],
+        "seeds": 3,
+        "top_k": [1, 5, 900, 3],
+        "temperature": [1, 2, 0.5, 1],
+    }
+    for _ in range(2):
+        np.testing.assert_array_equal(_tokens(pipe.edit(images, **edit)), _tokens(onnx.edit(images, **edit)))
+        np.testing.assert_array_equal(_tokens(pipe.generate(**scheduled)), _tokens(onnx.generate(**scheduled)))
+    heard: list[Preview] = []
+    staged = pipe.edit(images, **edit, on_scale=heard.append)
+    np.testing.assert_array_equal(_tokens(staged), _tokens(onnx.edit(images, **edit)))
+    assert [preview.scale for preview in heard] == list(range(K))
+    for smooth in (False, [True, True, False, False]):
+        both = pipe.generate([1, 2, 3], seeds=3, refine=pipe, draft_scales=2, smooth=smooth)
+        _assert_same(both, pipe.generate([1, 2, 3], seeds=3, smooth=smooth))
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -429,7 +450,7 @@ def test_buffers_are_what_the_plan_says(load):
 
 def test_device_seconds(load):
     engine = _engine(load("bf16"))
-    settings = checked_settings(load("bf16").bundle.manifest, None, None, None, False)
+    settings = checked_settings(load("bf16").bundle.manifest)
     request = np.array([1, 2]), [1, 2], settings
     assert list(engine.device_seconds(*request)) == ["replay"]
     assert list(engine.device_seconds(*request, decode=False)) == ["replay"]

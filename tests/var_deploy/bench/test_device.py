@@ -26,7 +26,7 @@ from var_deploy.bench.gpu import GpuReading, GpuRecord
 from var_deploy.engines.torch import TorchEngine
 from var_deploy.errors import EngineError
 from var_deploy.precision import Precision
-from var_deploy.request import settings
+from var_deploy.schedules import settings
 
 READING = GpuReading(
     sm_clock_mhz=1755, memory_clock_mhz=2619, power_watts=600.0, temperature_celsius=50, energy_joules=1.0
@@ -102,9 +102,7 @@ def pipe(tiny_bundle: Path, calls, monkeypatch) -> var_deploy.Pipeline:
 
 def request_of(pipe: var_deploy.Pipeline, batch: int) -> BenchRequest:
     manifest = pipe.bundle.manifest
-    return BenchRequest(
-        labels_B=np.zeros(batch, int), seeds=[0] * batch, settings=settings(manifest, None, None, None, False)
-    )
+    return BenchRequest(labels_B=np.zeros(batch, int), seeds=[0] * batch, settings=settings(manifest))
 
 
 def test_only_an_engine_on_cuda_is_a_clock(tiny_bundle, pipe):
