@@ -155,6 +155,7 @@ def test_ten_kills_at_random_moments_change_no_bit(warm, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole_out)
 
 
+@pytest.mark.slow
 def test_kills_of_a_vqvae_with_its_discriminator_change_no_bit(warm, vqvae_toml, tmp_path):
     toml = vqvae_toml(tmp_path, **{"optimiser.iterations": 14, "loss.adversarial_start": 0.3, "data.workers": 1})
     assert warm.run("vqvae", toml, "--out", tmp_path / "whole").status == 0

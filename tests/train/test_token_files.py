@@ -343,6 +343,7 @@ def test_a_store_killed_at_any_moment_goes_on_with_the_shards_that_are_whole(tmp
     assert len(report["kept"]) > 20
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_shards(images, stored, tmp_path):
     write_images(tmp_path / "images")
     store(open_images(tmp_path / "images"), tmp_path / "alone")

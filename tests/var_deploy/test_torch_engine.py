@@ -392,6 +392,7 @@ def _random_bundle(var: VARConfig, vqvae: VQVAEConfig, out: Path) -> Path:
     return write_bundle(CheckpointPair(var, vqvae, models[0].state_dict(), models[1].state_dict()), out)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_decoder_gives_the_same_pictures(small):
     compiled, plain = (_load(small, compile_decoder=on) for on in (True, False))
@@ -399,6 +400,7 @@ def test_a_compiled_decoder_gives_the_same_pictures(small):
         _assert_near(compiled.generate(labels, seeds=3), plain.generate(labels, seeds=3))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning")
 def test_a_decoder_that_cannot_be_compiled_is_one_line(small, monkeypatch):
     torch.compiler.reset()  # what another test compiled would do
