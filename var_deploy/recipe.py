@@ -135,6 +135,16 @@ def recipes_from_png(path: Path) -> list[Recipe]:
     if text is None:
         raise RequestError(f"{path}: does not say how it was made; expected a PNG that var-deploy wrote")
     try:
+        return recipes_from_text(text)
+    except ValueError as error:
+        raise RequestError(
+            f"{path}: its recipe is damaged, or of another var_deploy ({error}); make the picture anew"
+        ) from None
+
+
+def recipes_from_text(text: str) -> list[Recipe]:
+    """Of the text that a PNG has under `KEY`. Raises ValueError with what is wrong, short and harmless to print."""
+    try:
         data = json.loads(text)
         version, images = data.pop("version"), data.pop("images", [])
         data.pop("made by", None)
@@ -144,10 +154,9 @@ def recipes_from_png(path: Path) -> list[Recipe]:
             raise ValueError("no image")
         return [_recipe(data | entry) for entry in images]
     except RecursionError:
-        reason = "too deep"
+        raise ValueError("too deep") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, binascii.Error, zlib.error) as error:
-        reason = _short(str(error) if isinstance(error, ValueError) else error)
-    raise RequestError(f"{path}: its recipe is damaged, or of another var_deploy ({reason}); make the picture anew")
+        raise ValueError(_short(str(error) if isinstance(error, ValueError) else error)) from error
 
 
 def _short(value: object) -> str:

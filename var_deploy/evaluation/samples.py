@@ -6,7 +6,6 @@ Nothing is held but a batch or two: such an .npz has ten gigabytes. Axes: N imag
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from PIL import Image
 from ..bundle import sha256_of
 from ..errors import RequestError
 from ..recipe import KEY as RECIPE
+from ..recipe import recipes_from_text
 
 #: Files of formats that lose something; an evaluation of them measures the format, too.
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
@@ -178,13 +178,12 @@ def _png_header(file: Path) -> tuple[tuple[int, int], int | None]:
         return (image.height, image.width), _class_of(image.info.get(RECIPE))
 
 
-def _class_of(recipe: object) -> int | None:
-    """From the text that a picture of ours carries, taken as it is: what does not read is not known."""
+def _class_of(text: object) -> int | None:
+    """From the recipe that a picture of ours carries, taken as it is: what does not read is not known."""
     try:
-        label = json.loads(str(recipe))["images"][0]["label"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return recipes_from_text(str(text))[0].label
+    except ValueError:
         return None
-    return label if type(label) is int and label >= 0 else None
 
 
 def _read(file: Path) -> np.ndarray:
