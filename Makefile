@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHECKPOINTS := --var train/checkpoints/digits_var.safetensors --vae train/checkpoints/digits_vqvae.safetensors
 
-.PHONY: demo test test-slow test-full test-gpu sanitize lint digits photos scaling-law kernels editing pages bench-cpu bench-train bench-gpu clean
+.PHONY: demo test test-slow test-full test-gpu sanitize lint digits photos scaling-law kernels editing report pages bench-cpu bench-train bench-gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,11 @@ sanitize:
 # The README's picture of editing, of the demo's bundle: held-out digits, their lower half redrawn as every class.
 editing: $(READY)
 	$(BIN)/python docs/edit_demo.py out/digits docs/editing.png
+
+# The quality report of the demo's bundle, with the settings that the digits are judged with.
+report: $(READY)
+	$(BIN)/var-deploy report out/digits $(CHECKPOINTS) --guidance 2 --top-k 0 --top-p 0.95 --per-class 6 \
+		--out docs/results/digits_report.html
 
 # Registers and shared memory of every kernel, compiled ahead of time; no GPU needed.
 kernels: $(READY)

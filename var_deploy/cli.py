@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import bundles, evaluate, images, measure, sample
+from .commands import bundles, evaluate, images, measure, report, sample
 from .commands.console import needs
 from .errors import run_command
 
@@ -47,6 +47,7 @@ for command in (
     measure.bench,
     evaluate.evaluate,
     evaluate.evaluate_digits,
+    report.report,
 ):
     app.command()(command)
 app.command(name="cache")(bundles.cache_command)
