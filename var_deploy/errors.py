@@ -31,6 +31,13 @@ class RequestError(VarDeployError):
     """A request (label, seed, guidance, image, ...) is outside what the loaded model accepts."""
 
 
+def printable(value: object, limit: int = 80) -> str:
+    """What a file says, harmless on a terminal and on one line."""
+    text = value if isinstance(value, str) else repr(value)
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
 def run_command(command: Callable[[], object]) -> None:
     """Runs a command line's entry point; an error that a user can mend is one line, exit status 1."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays behind

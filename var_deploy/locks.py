@@ -36,6 +36,21 @@ def try_lock(file: TextIO) -> bool | None:
     return True
 
 
+def is_held(path: Path) -> bool:
+    """Whether another process holds a lock file. Looking takes a shared lock, so that two may look at once."""
+    if fcntl is None:
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        unlock(file)
+    return False
+
+
 def unlock(file: TextIO) -> None:
     """Of a lock that is held; closing alone would leave it to a child that was forked meanwhile."""
     fcntl.flock(file, fcntl.LOCK_UN)

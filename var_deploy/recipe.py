@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from . import schedules
 from .bundle import Bundle
-from .errors import RequestError
+from .errors import RequestError, printable
 from .given import DRAWN
 from .request import MAX_SEED
 from .sampling import Settings
@@ -149,21 +149,14 @@ def recipes_from_text(text: str) -> list[Recipe]:
         version, images = data.pop("version"), data.pop("images", [])
         data.pop("made by", None)
         if version != VERSION:
-            raise ValueError(f"version {_short(version)}, expected {VERSION}")
+            raise ValueError(f"version {printable(version)}, expected {VERSION}")
         if not images:
             raise ValueError("no image")
         return [_recipe(data | entry) for entry in images]
     except RecursionError:
         raise ValueError("too deep") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, binascii.Error, zlib.error) as error:
-        raise ValueError(_short(str(error) if isinstance(error, ValueError) else error)) from error
-
-
-def _short(value: object) -> str:
-    """What a file says, harmless on a terminal and on one line."""
-    text = value if isinstance(value, str) else repr(value)
-    printable = "".join(c if c.isprintable() else "?" for c in text)
-    return printable if len(printable) <= 80 else printable[:79] + "…"
+        raise ValueError(printable(str(error) if isinstance(error, ValueError) else error)) from error
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:

@@ -167,5 +167,5 @@ def _legend(data: dict[str, Any]) -> list[str]:
         "the interval is for new draws of the images.",
         "precision: share of images near a real one; recall: share of real ones near an image (third neighbours).",
         "distance to fp32: the same to the samples in column fp32; what other seeds give is chance.",
-        f"as good as fp32: an accuracy at most {data['max_accuracy_loss']:.0%} lower.",
+        f"as good as fp32: an accuracy at most {100 * data['max_accuracy_loss']:g} percentage point lower.",
     ]

@@ -448,8 +448,11 @@ def test_a_part_that_fails_is_a_sentence_and_the_rest_is_there(bundle, monkeypat
 
 def test_without_checkpoints_and_reference_the_page_says_so(facts):
     rows = [{**row, "reference": None, "reference_how": None, "speedup": None} for row in facts.bench["rows"]]
-    bare = replace(facts, parity=None, bench={**facts.bench, "rows": rows})
+    bare = replace(facts, parity=None, load=0.2, bench={**facts.bench, "rows": rows})
     shown = Page(page.html(bare))
+    assert "Other work shared the machine" not in shown.text["timing"]
+    busy = Page(page.html(replace(bare, load=2.34)))
+    assert "Other work shared the machine (load 2.3 before the start)" in busy.text["timing"]
     assert "Not checked: give --var and --vae." in shown.text["parity"]
     assert "not checked" in shown.text[""]
     assert "PyTorch is not installed here" in shown.text["timing"]

@@ -7,16 +7,13 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import RequestError
 from .console import needs, stderr
 from .options import BundlePath, EngineChoice, SamplingChoice, class_labels, with_engine_options, with_sampling_options
-
-if TYPE_CHECKING:
-    pass
 
 
 @with_engine_options

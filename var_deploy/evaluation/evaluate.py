@@ -59,6 +59,7 @@ def evaluate(
     images = open_images(samples)
     notes = read_notes(images)
     require_enough(images, options.few, "samples")
+    account = describe(images, notes)
     network = load_features(features, sha256=features_sha256, device=device)
     compared = load_reference(
         reference,
@@ -69,7 +70,6 @@ def evaluate(
         cache=cache,
         on_images=lambda done, total: progress("features of the reference", done, total),
     )
-    account = describe(images, notes)
     pooled_ND, spatial_ND = _features(images, network, progress)
     measured = _Measured(options, progress)
     measured.distance("fid", pooled_ND, compared.pooled)
@@ -80,6 +80,8 @@ def evaluate(
     differences = differences_from_paper(account)
     if not network.published:
         differences.append("features of other weights than the published ones")
+    if compared.notes["statistics"] == "computed":
+        differences.append("reference statistics computed from the images given")
     return {
         "measures": measured.values,
         "left_out": measured.left_out,

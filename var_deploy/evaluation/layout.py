@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ..errors import printable
+
 #: Name of a measure → (title, digits after the point, which way is better).
 MEASURES = {
     "fid": ("FID", 3, "lower"),
@@ -58,10 +60,10 @@ def _account(samples: dict[str, Any]) -> str:
         parts.append(f"{balance['classes']} classes, {each}")
     for key in ("bundle", "precision", "engine", "seed"):
         if key in samples:
-            parts.append(f"{key} {samples[key]}")
+            parts.append(f"{key} {printable(samples[key])}")
     settings = samples.get("settings")
     if isinstance(settings, dict):
-        parts += [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()]
+        parts += [f"{printable(name)} {printable(json.dumps(value))}" for name, value in settings.items()]
     else:
         parts.append("settings not known")
     return ", ".join(parts)

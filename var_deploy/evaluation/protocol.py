@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import RequestError, printable
 from ..samples.folder import ARCHIVE, NOTES
 from ..schedules import PRESETS
 from .samples import ImageSet
@@ -20,7 +20,9 @@ from .samples import ImageSet
 KNOWN = ("bundle", "precision", "engine", "seed", "settings", "count", "balanced", "classes", "num_classes")
 #: Images of the paper's tables, as many of every class, drawn with these settings (arXiv 2404.02905, and
 #: the published code's notes on FID).
-PAPER_IMAGES = 50_000
+PAPER_IMAGES, PAPER_CLASSES = 50_000, 1000
+#: Precisions of a bundle or engine whose images are not those of the published weights.
+INEXACT = ("int8", "fp8")
 PAPER_SETTINGS = PRESETS["paper-fid"] | {"temperature": 1.0}
 
 
@@ -85,8 +87,13 @@ def differences_from_paper(samples: Mapping[str, Any]) -> list[str]:
     balance = samples["balance"]
     if balance is None:
         found.append("balance of classes not known")
-    elif balance["fewest"] != balance["most"]:
-        found.append(f"{balance['fewest']} to {balance['most']} images of a class, not as many of each")
+    else:
+        if balance["fewest"] != balance["most"]:
+            found.append(f"{balance['fewest']} to {balance['most']} images of a class, not as many of each")
+        if balance["classes"] != PAPER_CLASSES:
+            found.append(f"{balance['classes']:,} classes, not {PAPER_CLASSES:,}")
+    if samples.get("precision") in INEXACT:
+        found.append(f"precision {samples['precision']}, which is approximate")
     if isinstance(taken := samples.get("classes"), list):
         found.append(f"{len(taken)} chosen classes, not all")
     settings = samples.get("settings")
@@ -96,7 +103,7 @@ def differences_from_paper(samples: Mapping[str, Any]) -> list[str]:
         if name not in settings:
             found.append(f"{name} not known")
         elif not _same(name, settings[name], wanted):
-            found.append(f"{name} {settings[name]}, not {wanted}")
+            found.append(f"{name} {printable(str(settings[name]))}, not {wanted}")
     return found
 
 
@@ -104,7 +111,10 @@ def _same(name: str, value: Any, wanted: Any) -> bool:
     """Whether an option, which may be given per scale, is the paper's: guidance a ramp from 0, the others constant."""
     if not isinstance(value, list):
         return bool(value == wanted)
+    if not value:
+        return False
     if name != "guidance":
         return all(entry == wanted for entry in value)
-    ramp = np.linspace(0, wanted, len(value))
-    return all(isinstance(entry, int | float) for entry in value) and np.allclose(value, ramp, rtol=1e-6, atol=0)
+    if not all(isinstance(entry, float) or (isinstance(entry, int) and abs(entry) < 1e9) for entry in value):
+        return False
+    return bool(np.allclose(value, np.linspace(0, wanted, len(value)), rtol=1e-6, atol=0))

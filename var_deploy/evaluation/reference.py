@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..errors import RequestError
 from ..prepared import PreparedCache
+from ..products import single_threaded
 from .features import FeatureNetwork
 from .inception import POOL, SPATIAL
 from .metrics import Gaussian, Moments
@@ -118,8 +119,22 @@ def _given(path: Path, statistics: dict[str, np.ndarray]) -> dict[str, Gaussian]
                 raise RequestError(f"{path}: {name}{suffix} holds NaN or infinity; make or copy it again")
         assert mean_D is not None
         assert covariance_DD is not None
+        if problem := _no_covariance(covariance_DD.astype(np.float64)):
+            raise RequestError(f"{path}: sigma{suffix} is no covariance: {problem}; make or copy it again")
         found[part] = Gaussian(mean_D=mean_D.astype(np.float64), covariance_DD=covariance_DD.astype(np.float64))
     return found
+
+
+def _no_covariance(covariance_DD: np.ndarray) -> str | None:
+    """What a covariance is not, beyond rounding; None: it may be one."""
+    largest = np.abs(covariance_DD).max()
+    if largest > 1e12:
+        return f"it holds {largest:.1e}"
+    if np.abs(covariance_DD - covariance_DD.T).max() > 1e-6 * largest:
+        return "it is not symmetric"
+    with single_threaded():
+        values_D = np.linalg.eigvalsh(covariance_DD)
+    return f"its eigenvalue {values_D[0]:.1e} is negative" if values_D[0] < -1e-6 * largest * len(values_D) else None
 
 
 def _computed(

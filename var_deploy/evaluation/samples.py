@@ -6,6 +6,7 @@ Nothing is held but a batch or two: such an .npz has ten gigabytes. Axes: N imag
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..bundle import sha256_of
-from ..errors import RequestError
+from ..errors import RequestError, printable
 from ..recipe import KEY as RECIPE
 from ..recipe import recipes_from_text
 
@@ -27,7 +28,6 @@ LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 IMAGES, LABELS = "arr_0", "arr_1"
 #: Names of guided-diffusion's statistics: of pooled and of spatial features.
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, SyntaxError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,8 +142,22 @@ def open_reference(path: Path) -> tuple[ImageSet | None, dict[str, np.ndarray]]:
 
 def npz_array(path: Path, name: str) -> np.ndarray | None:
     """One array of an .npz, None where it has none of that name. Raises RequestError; executes nothing."""
-    with _reporting(path), np.load(path, allow_pickle=False) as archive:
-        return np.asarray(archive[name]) if name in archive.files else None
+    with _reporting(path):
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                return None
+        _require_data(path, name)
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.asarray(arrays[name])
+
+
+def _require_data(path: Path, name: str) -> None:
+    """Refuses a header that claims more than the file holds, before memory is taken for it. Raises ValueError."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        shape, _, dtype = _header(file)
+        held = archive.getinfo(f"{name}.npy").file_size - file.tell()
+    if not dtype.hasobject and (claimed := math.prod(shape) * dtype.itemsize) != held:  # objects NumPy refuses
+        raise ValueError(f"{name} is to have {claimed:,} bytes and has {held:,}")
 
 
 def _open_folder(path: Path) -> PngFolder:
@@ -173,9 +187,20 @@ def _open_folder(path: Path) -> PngFolder:
 def _png_header(file: Path) -> tuple[tuple[int, int], int | None]:
     """(height and width, class if the file says it), without the pixels."""
     with _reporting(file), Image.open(file, formats=["PNG"]) as image:
-        if image.mode not in ("RGB", "L"):
-            raise RequestError(f"{file}: a PNG of mode {image.mode}, expected 8-bit RGB or grey; save it as that")
+        bits = _bits_per_channel(file)
+        if image.mode not in ("RGB", "L") or bits != 8:
+            raise RequestError(
+                f"{file}: a PNG of mode {image.mode}, {bits} bits, expected 8-bit RGB or grey; save it as that"
+            )
+        if getattr(image, "n_frames", 1) > 1:
+            raise RequestError(f"{file}: an animation, expected one image; save its frames one by one")
         return (image.height, image.width), _class_of(image.info.get(RECIPE))
+
+
+def _bits_per_channel(file: Path) -> int:
+    """Of a PNG, by its header (W3C PNG specification, section 11.2.1): Pillow reads 16-bit colours as 8-bit ones."""
+    with file.open("rb") as stream:
+        return stream.read(25)[-1]
 
 
 def _class_of(text: object) -> int | None:
@@ -197,6 +222,7 @@ def _images_shape(path: Path) -> tuple[int, int, int, int] | None:
         with zipfile.ZipFile(path) as archive:
             if f"{IMAGES}.npy" not in archive.namelist():
                 return None
+        _require_data(path, IMAGES)
         with _member(path, IMAGES) as file:
             shape, in_fortran_order, dtype = _header(file)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or in_fortran_order:
@@ -229,8 +255,10 @@ def _reporting(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file or folder; check the path") from None
-    except _DAMAGED as error:
-        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    except RequestError:
+        raise
+    except Exception as error:  # readers of files from anywhere raise many kinds
+        why = getattr(error, "strerror", None) or printable(str(error) or type(error).__name__)
         raise RequestError(f"{path}: cannot be read ({why}); make or copy it again") from error
 
 

@@ -242,7 +242,8 @@ def _worst(pick: Callable[..., float], values: Any) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """What a float can hold; infinite decibels are a number."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 # ---- latency and memory ----------------------------------------------------------------------------------------------

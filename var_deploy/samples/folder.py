@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..locks import exclusive, try_lock, unlock, waiting
+from ..locks import exclusive, is_held, waiting
 from ..output_file import replacing, write_text
 from .plan import VERSION, SamplePlan, Shard
 
@@ -24,8 +24,6 @@ NOTES, ARCHIVE = "samples.json", "samples.npz"
 #: How a PNG file ends: an empty IEND chunk and its checksum.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _READERS = 8
-#: How the images were computed; a set of both is not one measurement.
-COMPUTED = ("precision", "engine")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +98,7 @@ class SampleFolder:
         what = "these samples" if shard.total == 1 else f"shard {shard} of these samples"
         with exclusive(self.path / f".shard-{shard.index}-of-{shard.total}.lock", what):
             for other in self._other_shards(shard):
-                if _is_held(other):
+                if is_held(other):
                     raise RequestError(
                         f"{other}: another process is at work with another number of shards, this is {shard}; give the "
                         "same number, or wait until it has ended"
@@ -148,15 +146,6 @@ def _flat(notes: Mapping[str, Any]) -> dict[str, Any]:
 def _text(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else text
-
-
-def _is_held(path: Path) -> bool:
-    """Whether another process holds a lock file."""
-    with path.open("r+") as file:
-        held = try_lock(file)
-        if held:
-            unlock(file)
-        return held is False
 
 
 def _is_whole(path: Path) -> bool:

@@ -97,7 +97,11 @@ def test_notes_that_do_not_fit(samples, notes, said):
             {"settings": {key: PAPER[key] for key in ("guidance", "top_k", "temperature", "smooth")}},
             ["top_p not known"],
         ),
+        ({"settings": PAPER | {"guidance": [], "top_k": []}}, ["guidance [], not 1.5", "top_k [], not 900"]),
+        ({"settings": PAPER | {"guidance": [10**400, 1.5]}}, [f"guidance [{'1' + 77 * '0'}…, not 1.5"]),
         ({"classes": [1, 2]}, ["2 chosen classes, not all"]),
+        ({"balance": {"classes": 2, "fewest": 25_000, "most": 25_000}}, ["2 classes, not 1,000"]),
+        ({"precision": "int8"}, ["precision int8, which is approximate"]),
         ({"settings": None}, ["sampling settings not known"]),
     ],
 )

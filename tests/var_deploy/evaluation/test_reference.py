@@ -94,9 +94,11 @@ def test_computed_once_and_kept_by_features_and_content(small_network, written, 
     load(arr_0=IMAGES_NHW3[::-1])  # other content
     load(arr_0=IMAGES_NHW3, **STATISTICS)  # the same images, of which features alone are kept
     assert computed == ["a", "b", "a", "a"]
-    (kept,) = [entry for entry in cache.directory.glob("reference-*") if (entry / "seals.json").stat().st_size][:1]
-    (kept / "reference.safetensors").write_bytes(b"damaged")
-    assert load().notes["statistics"] == "computed"
+    for kept in cache.directory.glob("reference-*"):
+        (kept / "reference.safetensors").write_bytes(b"damaged")
+    again = load()
+    assert again.notes["features"] == "computed"
+    np.testing.assert_array_equal(again.pooled.covariance_DD, first.pooled.covariance_DD)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,13 @@ def test_computed_once_and_kept_by_features_and_content(small_network, written, 
         ({"mu": np.zeros(12)}, True, "sigma: got nothing, expected float (12, 12): statistics of other features, or"),
         (STATISTICS | {"mu_s": np.arange(6)}, True, "mu_s: got int64 (6,), expected float (6,)"),
         (STATISTICS | {"sigma_s": np.full((6, 6), np.nan)}, True, "sigma_s holds NaN or infinity; make or copy"),
+        (STATISTICS | {"sigma": -np.eye(12)}, True, "sigma is no covariance: its eigenvalue -1.0e+00 is negative"),
+        (STATISTICS | {"sigma": np.eye(12) + np.eye(12, k=1)}, True, "sigma is no covariance: it is not symmetric"),
+        (STATISTICS | {"sigma": 1e200 * np.eye(12)}, True, "sigma is no covariance: it holds 1.0e+200"),
         ({"arr_0": IMAGES_NHW3[:, :, :5]}, True, "reference images of 5×4 pixels, samples of 6×4; compare"),
         ({"arr_0": IMAGES_NHW3[:12]}, True, "12 images of the reference, expected more than 12: with fewer a"),
     ],
-    ids=["features", "mean", "covariance", "half", "integers", "nan", "size", "few"],
+    ids=["features", "mean", "covariance", "half", "integers", "nan", "negative", "skew", "huge", "size", "few"],
 )  # fmt: skip
 def test_what_is_refused_in_one_line(small_network, written, arrays, published, said):
     path = written(**arrays)

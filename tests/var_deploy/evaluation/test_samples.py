@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,50 @@ def _damaged(path: Path) -> Path:
     return path / "images"
 
 
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(path: Path, width: int, height: int, bits: int, data: bytes) -> Path:
+    """Colours of any depth and a header of any size, which Pillow does not write."""
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    body = _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+    (path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    return path
+
+
+def _deep_colours(path: Path) -> Path:
+    return _png(path, 2, 1, 16, b"\0" + bytes(range(12)))
+
+
+def _bomb(path: Path) -> Path:
+    return _png(path, 30_000, 30_000, 8, b"")
+
+
+def _animated(path: Path) -> Path:
+    frames = [Image.new("RGB", (6, 5), shade) for shade in ("black", "white")]
+    frames[0].save(path / "x.png", save_all=True, append_images=frames[1:])
+    return path
+
+
+def _huge(path: Path) -> Path:
+    """A header that claims more than any memory holds."""
+    np.savez(path / "x.npz", arr_0=IMAGES_NHW3)
+    header = "{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(117) + "\n"
+    with zipfile.ZipFile(path / "x.npz", "a") as archive:
+        archive.writestr("arr_1.npy", b"\x93NUMPY\x01\x00v\x00" + header.encode())
+    return path / "x.npz"
+
+
+def _flipped(path: Path) -> Path:
+    """A compressed archive with a damaged stretch."""
+    np.savez_compressed(path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (7, 50, 60, 3), dtype=np.uint8))
+    content = bytearray((path / "x.npz").read_bytes())
+    content[3000:3100] = bytes(100)
+    (path / "x.npz").write_bytes(content)
+    return path / "x.npz"
+
+
 FLOATS = np.full((2, 5, 6, 3), np.nan, dtype=np.float32)
 
 
@@ -137,15 +183,20 @@ FLOATS = np.full((2, 5, 6, 3), np.nan, dtype=np.float32)
         (lambda path: path, ": no PNG files; give the folder that sampling wrote, or an .npz"),
         (_picture("x.jpg", "RGB", "JPEG"), "x.jpg: .jpg loses part of an image, which changes every number; save the"),
         (_picture("x.png", "RGB", "JPEG"), "x.png: cannot be read ("),
-        (_picture("x.png", "P"), "x.png: a PNG of mode P, expected 8-bit RGB or grey; save it as that"),
-        (_picture("x.png", "I;16"), "x.png: a PNG of mode I;16, expected 8-bit RGB or grey"),
+        (_picture("x.png", "P"), "x.png: a PNG of mode P, 1 bits, expected 8-bit RGB or grey; save it as that"),
+        (_picture("x.png", "I;16"), "x.png: a PNG of mode I;16, 16 bits, expected 8-bit RGB or grey"),
         (_picture("x.png", "RGB", size=(5, 6)), "x.png: 5×6 pixels, expected 6×5 as 000000.png; evaluate images"),
         (_saved("x.npz", other=np.zeros(3)), "x.npz: holds no arr_0; give a folder of PNG files or an .npz with uint8"),
         (_saved("x.npz", arr_0=FLOATS), "x.npz: arr_0 is float32 (2, 5, 6, 3), expected uint8 [N, H, W, 3] with"),
         (_saved("x.npz", arr_0=IMAGES_NHW3[..., 0]), "x.npz: arr_0 is uint8 (7, 5, 6), expected uint8 [N, H, W, 3]"),
         (_saved("x.npz", arr_0=np.asfortranarray(IMAGES_NHW3)), "arr_0 is uint8 (7, 5, 6, 3) in Fortran order"),
         (_saved("x.npz", arr_0=IMAGES_NHW3[:0]), "x.npz: arr_0 is uint8 (0, 5, 6, 3), expected uint8 [N, H, W, 3]"),
-        (_cut, "cut.npz: cannot be read (arr_0 ends after image 5); make or copy it again"),
+        (_cut, "cut.npz: cannot be read (arr_0 is to have 630 bytes and has 530); make or copy it again"),
+        (_deep_colours, "x.png: a PNG of mode RGB, 16 bits, expected 8-bit RGB or grey; save it as that"),
+        (_animated, "x.png: an animation, expected one image; save its frames one by one"),
+        (_huge, "x.npz: cannot be read (arr_1 is to have 8,000,000,000,000 bytes and has 0); make or copy it again"),
+        (_flipped, "x.npz: cannot be read ("),
+        (_bomb, "x.png: cannot be read ("),
         (_pickled, "x.npz: cannot be read (Object arrays cannot be loaded when allow_pickle=False); make or copy it"),
         (_damaged, "000003.png: cannot be read ("),
     ],
