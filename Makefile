@@ -62,7 +62,7 @@ editing: $(READY)
 # The quality report of the demo's bundle, with the settings that the digits are judged with. On one thread: threads that
 # wait for each other take many times as long where other work shares the cores, PyTorch's above all.
 report: $(READY)
-	$(BIN)/var-deploy report out/digits $(CHECKPOINTS) --guidance 2 --top-k 0 --top-p 0.95 --per-class 6 --repeats 20 \
+	$(BIN)/var-deploy report out/digits $(CHECKPOINTS) --guidance 2 --top-k 0 --top-p 0.95 --per-class 6 --repeats 20 --threads 1 \
 		--out docs/results/digits_report.html
 
 # Registers and shared memory of every kernel, compiled ahead of time; no GPU needed.
